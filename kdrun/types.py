@@ -1,0 +1,140 @@
+"""What the parts of kdrun hand to each other: batches, signals, outputs, loss terms and the protocols between them.
+
+Shape legend, used in every docstring of the package:
+``B`` batch, ``C`` classes or channels, ``H W`` space, ``T`` time or tokens, ``V`` vocabulary, ``N`` nodes or samples,
+``D`` features, ``K`` kept entries.
+
+The tensors' containers are named tuples, so that `torch.compile` and DistributedDataParallel see through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one optimiser step."""
+
+    inputs: Tensor  # [B, ...] augmented and normalised, what both models see
+    targets: Tensor  # [B] int64 class indices
+    ids: Tensor  # [B] int64, stable over the whole data set: one sample has one id for ever
+    view: Tensor  # [B] int64, which random view of the sample this is (the epoch, unless a source draws several)
+    extra: dict[str, Tensor]  # further rows by name, e.g. "truth_logits" [B, C] in a world whose posterior is known
+
+    def to(self, device: torch.device) -> Batch:
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return Batch(move(self.inputs), move(self.targets), move(self.ids), move(self.view), {k: move(v) for k, v in self.extra.items()})
+
+
+class Signal(NamedTuple):
+    """What the teacher says of one micro-batch. Fields that were not asked for are None or empty."""
+
+    logits: Tensor | None  # [B, C]
+    taps: dict[str, Tensor]  # by tap name, [B, ...]
+
+
+class Output(NamedTuple):
+    """What the student says of one micro-batch, with gradient."""
+
+    logits: Tensor  # [B, C]
+    taps: dict[str, Tensor]  # by tap name, [B, ...]
+    keep: dict[str, Tensor]  # filled by an objective with detached rows [B, ...] that its after_step wants to see
+
+
+class Term(NamedTuple):
+    """One named part of a loss: the SUM over its valid items, and what an item is.
+
+    Never a mean: the loop divides by the number of items over all micro-batches and ranks, so that a result does not
+    depend on how a batch was split, and the weight of a term has a unit.
+    """
+
+    sum: Tensor  # scalar, float32 or wider
+    unit: str  # a key of UNITS
+
+
+# An item of each unit, as a number made of B = samples of the whole optimiser step and C = classes.
+UNITS: Mapping[str, Any] = {
+    "sample": lambda B, C: B,
+    "class": lambda B, C: 0 * B + C,
+    "pair": lambda B, C: B * B,
+    "triplet": lambda B, C: B * B * B,
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks for; checked before anything is spent."""
+
+    teacher_logits: bool = False
+    teacher_taps: tuple[str, ...] = ()
+    student_taps: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()  # names the dataset must put into Batch.extra
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The outside of a model: enough to build what must fit to it."""
+
+    classes: int
+    input_shape: tuple[int, ...]  # without the batch: (C, H, W) or (D,)
+    taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes without the batch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know when it is set up."""
+
+    student: ModelSpec
+    teacher: ModelSpec | None
+    classes: int
+    labels: Tensor  # [N] int64 by sample id, -1 for ids that are not trained on
+    seed: int
+    steps_per_epoch: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a stage stands: a function of the optimiser step alone, so it is the same after a resume."""
+
+    step: int  # optimiser steps done
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        """Epochs count from 1, as in the papers' schedules."""
+        return self.step // self.steps_per_epoch + 1
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Source(Stateful, Protocol):
+    """Where batches come from."""
+
+    steps_per_epoch: int
+
+    def group(self, step: int) -> list[Batch]:
+        """The micro-batches of ONE optimiser step, on this rank. A function of (seed, step) and the source's state."""
+
+    def feedback(self, ids: Tensor, scores: Tensor) -> None:
+        """Scores by sample id, pushed after the step, for sources that select."""
+
+
+class Teacher(Stateful, Protocol):
+    """What speaks to the student. It is never trained by the loop and owns its train/eval policy."""
+
+    spec: ModelSpec | None
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal: ...
+
+
+Connectors = nn.ModuleDict
