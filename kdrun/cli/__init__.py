@@ -1,0 +1,22 @@
+"""The command line. One small file per verb; nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the `kdrun` command: run a verb, turn what it refuses into a message and an exit code."""
+    from kdrun.cli.app import app
+    from kdrun.cli.console import complain
+    from kdrun.errors import EXIT_FAILED, KdrunError
+
+    try:
+        app(prog_name="kdrun")
+    except KdrunError as error:
+        complain(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,53 @@
+"""kdrun ledger: what was measured, beside what was published, with a verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdrun.cli.options import Json
+
+
+def ledger(
+    root: Annotated[str, typer.Option(help="The folder that holds ledger/.")] = "outputs",
+    scale: Annotated[str | None, typer.Option(help="Only this scale: bench or paper.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only this verdict.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of README.md.")] = False,
+    json: Json = False,
+) -> None:
+    """List the recipes that were really run: published and measured value, interval, seeds, verdict, cost."""
+    from kdrun.ledger.record import read_ledger
+    from kdrun.ledger.table import flat, to_markdown
+
+    records = [r for r in read_ledger(Path(root)) if (scale is None or r["scale"] == scale) and (verdict is None or r["verdict"]["name"] == verdict)]
+    if json:
+        from kdrun.cli.console import print_json
+
+        print_json([flat(r) for r in records])
+    elif markdown:
+        print(to_markdown(records))
+    else:
+        _show(records)
+
+
+def _show(records: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from kdrun.cli.console import out
+    from kdrun.ledger.table import COLUMNS, cells
+
+    if not records:
+        out().print("the ledger is empty; `kdrun train recipe=pld_bench run.ledger=true` adds a record")
+        return
+    for scale in ("paper", "bench"):
+        chosen = [r for r in records if r["scale"] == scale]
+        if not chosen:
+            continue
+        table = Table(title=f"{scale} scale", title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, overflow="fold")
+        for record in chosen:
+            table.add_row(*cells(record))
+        out().print(table)

@@ -1,0 +1,58 @@
+"""What `train` and `resume` share: watch a run or a comparison, then show its number beside the published one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdrun.cli.console import out, print_json
+from kdrun.cli.view import make_reporter
+from kdrun.config.compose import Composed
+from kdrun.engine.report import Reporter
+from kdrun.engine.records import open_folder, run_folder
+from kdrun.hardware.launch import launch
+
+
+def run_session(composed: Composed, json: bool, quiet: bool, folder: Path | None = None, resume: bool = False) -> None:
+    """Run to the end and print the result. Everything that can be refused is refused before the folder exists."""
+    from kdrun.engine.compare import is_comparison
+
+    with make_reporter(json=json, quiet=quiet) as reporter:
+        if is_comparison(composed.tree):
+            document = _comparison(composed, reporter, folder, resume)
+        else:
+            document = launch(composed, reporter, folder, resume)
+    if json:
+        print_json(document)
+    else:
+        from kdrun.cli.tables import show_comparison, show_run
+
+        (show_comparison if "arms" in document else show_run)(out(), composed, document)
+
+
+def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, resume: bool) -> dict[str, Any]:
+    from kdrun.engine import compare
+    from kdrun.engine.build import load_data
+    from kdrun.engine.records import SUMMARY, read_json, write_json
+    from kdrun.ledger.record import assess, write_record
+
+    folder = folder or run_folder(composed)
+    listed = compare.jobs(composed, folder)
+    # One process and one data set for all arms that agree on it; ranks and clusters load their own.
+    data = load_data(composed.tree) if composed.tree["hardware"]["kind"] == "local" else None
+    if not resume:
+        open_folder(folder, composed)
+    for number, job in enumerate(listed, 1):
+        if (job.folder / SUMMARY).is_file():
+            reporter.note(f"kept: {job.arm}, seed {job.seed}")
+            continue
+        reporter.note(f"[{number}/{len(listed)}] {job.arm}, seed {job.seed}")
+        same = job.composed.tree["dataset"] == composed.tree["dataset"]
+        launch(job.composed, reporter, job.folder, resume=(job.folder / "checkpoints").is_dir(), data=data if same else None)
+        compare.write_comparison(folder, listed, reporter)
+    document = assess(composed, listed, folder)
+    write_json(folder / SUMMARY, document)
+    if composed.tree["run"]["ledger"]:
+        written = write_record(composed, document)
+        reporter.note(f"ledger record: {written}")
+    return read_json(folder / SUMMARY)

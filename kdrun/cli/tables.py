@@ -1,0 +1,116 @@
+"""Tables of results: what was measured, beside what was published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kdrun.config.compose import Composed
+
+GOOD, BAD = "green", "yellow"
+
+
+def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> None:
+    """The end of a single run: teacher, student, published number, where things lie, what to do next."""
+    from kdrun.ledger.published import lookup
+    from kdrun.ledger.record import changed_from_recipe
+
+    if not summary.get("test"):
+        console.print(f"job {summary.get('job')} runs; its folder: {summary.get('folder')}")
+        return
+    tree, metric = composed.tree, summary["metric"]
+    paper = tree["scale"] == "paper"
+    table = Table(title=f"{composed.recipe or 'run'}, seed {summary['seed']}: {metric} ({summary['how']})", title_justify="left")
+    for heading in ("", "measured", *(["published", "difference", "from"] if paper else [])):
+        table.add_column(heading, justify="left" if heading in ("", "from") else "right")
+    rows = [(f"{composed.choices['objective']} ({composed.choices['student']})", summary["value"], lookup(tree["published"], composed.choices, composed.choices["objective"]))]
+    if summary["teacher"]:
+        rows.insert(0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], composed.choices, "teacher")))
+    for name, value, published in rows:
+        cells = [name, f"{value:.2f}"]
+        if paper:
+            cells += [f"{published.value:.2f}", f"{value - published.value:+.2f}", f"{published.table}, {published.protocol}, n={published.n or '?'}"] if published else ["-", "", ""]
+        table.add_row(*cells)
+    console.print(table)
+    others = {k: v for k, v in summary["test"].items() if k != metric}
+    console.print("  ".join(f"{k} {v:.4g}" for k, v in others.items()), soft_wrap=True)
+    changed = changed_from_recipe(composed)
+    if changed and paper:
+        console.print(f"[{BAD}]not the published setting[/]: {escape(', '.join(changed))} set on the command line", soft_wrap=True)
+    if summary["tainted"]:
+        console.print(f"[{BAD}]tainted[/] ({escape(', '.join(summary['tainted']))}): may not enter the ledger", soft_wrap=True)
+    _published_elsewhere(console, composed)
+    _next_commands(console, composed, summary)
+
+
+def show_comparison(console: Console, composed: Composed, document: dict[str, Any]) -> None:
+    """The end of a comparison: every arm with its interval, differences to the method paired by seed, claims, verdict."""
+    metric, method = document["metric"], document["method"]
+    n = len(document["seeds"])
+    table = Table(title=f"{document['recipe']} ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", title_justify="left")
+    table.add_column("arm")
+    for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
+        table.add_column(heading, justify="right")
+    if document["teacher"]:
+        table.add_row("teacher", f"{document['teacher'][metric]:.2f}", "", "", "", "", style="dim")
+    ordered = sorted(document["arms"], key=lambda a: document["arms"][a][metric]["mean"])
+    for arm in ordered:
+        row, gap = document["arms"][arm][metric], document["differences"].get(arm)
+        cells = [arm_label(arm), f"{row['mean']:.2f}", _number(row["sd"]), _interval(row["low"], row["high"])]
+        cells += [f"{gap['mean']:+.2f}", _interval(gap["low"], gap["high"], "+")] if gap else ["", ""]
+        table.add_row(*cells, style="bold" if arm == method else None)
+    console.print(table)
+    words = {True: f"[{GOOD}]shows[/]", False: f"[{BAD}]does not show[/]", None: f"[{BAD}]open[/]"}
+    for claim in document["claims"]:
+        console.print(f"claim {escape(claim['text'])}: {words[claim['holds']]}; {escape(claim['sentence'])}", soft_wrap=True)
+    console.print(f"verdict: [bold]{document['verdict']['name']}[/]; {escape(document['verdict']['reason'])}", soft_wrap=True)
+    for note in document["notes"]:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    if document["tainted"]:
+        console.print(f"[{BAD}]tainted[/] ({escape(', '.join(document['tainted']))}): may not enter the ledger", soft_wrap=True)
+    _published_elsewhere(console, composed)
+    _next_commands(console, composed, document)
+
+
+def arm_label(arm: str) -> str:
+    return "ce (student alone)" if arm == "ce" else arm
+
+
+def _published_elsewhere(console: Console, composed: Composed) -> None:
+    """A bench run is not the published experiment; the paper's numbers are named apart, never in one table with it."""
+    if composed.tree["scale"] == "paper":
+        return
+    for table in composed.tree["published"]:
+        for row in table["rows"]:
+            where = ", ".join(str(c).partition("=")[2] for c in row.get("if", []))
+            cells = " ".join(f"{k} {v[0] if isinstance(v, list) else v}" for k, v in row.items() if k != "if")
+            console.print(f"published, another setting ({escape(where)}; {escape(table['table'])}): {escape(cells)}", soft_wrap=True)
+
+
+def _next_commands(console: Console, composed: Composed, document: dict[str, Any]) -> None:
+    folder = relative(document["folder"])
+    method = Path(folder) / "arms" / document["method"] / f"seed-{document['seeds'][0]}" if "arms" in document else Path(folder)
+    console.print(f"\nrun      {folder}", soft_wrap=True)
+    console.print(f"measure  kdrun eval {method}", soft_wrap=True)
+    console.print(f"explain  kdrun show recipe={composed.recipe}" if composed.recipe else "explain  kdrun show", soft_wrap=True)
+    if composed.recipe == "pld_digits":
+        console.print("next     kdrun ls recipes; kdrun train recipe=pld_cifar100 (CIFAR-100, needs the data and hours)", soft_wrap=True)
+
+
+def relative(folder: str | Path) -> str:
+    path = Path(folder)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "" if low is None or high is None else f"{low:{sign}.2f} to {high:{sign}.2f}"

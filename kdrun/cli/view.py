@@ -1,0 +1,125 @@
+"""Watching a run: a live view on a terminal, plain lines in a pipe, silence for --json and --quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from kdrun.cli.console import err, out
+from kdrun.engine.report import Reporter
+
+PLAIN_SECONDS = 10.0  # between two progress lines in a pipe
+
+
+@contextmanager
+def make_reporter(json: bool, quiet: bool) -> Iterator[Reporter]:
+    """The reporter for this terminal; progress goes to standard error if standard output carries JSON."""
+    if quiet or json:
+        yield Reporter()
+    elif sys.stdout.isatty():
+        live = LiveReporter(out())
+        with live.progress:
+            yield live
+    else:
+        yield PlainReporter(err() if json else out())
+
+
+def terms_text(record: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in record["terms"].items())
+
+
+def metrics_text(results: Mapping[str, Mapping[str, float]]) -> str:
+    units = {"top1": "%", "top5": "%", "ece": "%", "agreement": "%"}
+    shown = ("top1", "top5", "nll", "ece", "agreement", "kl_teacher")
+    return "; ".join(f"{split}: " + " ".join(f"{k} {v[k]:.4g}{units.get(k, '')}" for k in shown if k in v) for split, v in results.items())
+
+
+class PlainReporter(Reporter):
+    """One line per event, no control codes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last_line = 0.0
+        self._last_note = ""
+        self._total = 0
+
+    def note(self, text: str) -> None:
+        if text != self._last_note:  # the same decision is said once
+            self._last_note = text
+            self.console.print(escape(text), soft_wrap=True)
+
+    def run_started(self, title: str, folder: Path, facts: Mapping[str, str]) -> None:
+        self.console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+        for name, fact in facts.items():
+            self.console.print(f"  {name:<9}{escape(fact)}", soft_wrap=True)
+        self.console.print(f"  {'folder':<9}{escape(str(folder))}", soft_wrap=True)
+
+    def stage_started(self, name: str, step: int, total_steps: int, steps_per_epoch: int, batch_size: int) -> None:
+        self._total = total_steps
+        if step:
+            self.console.print(f"{name}: goes on at step {step} of {total_steps}")
+
+    def logged(self, name: str, step: int, record: Mapping[str, Any]) -> None:
+        if time.monotonic() - self._last_line < PLAIN_SECONDS:
+            return
+        self._last_line = time.monotonic()
+        rate = record.get("images_per_s")
+        speed = f"  {rate:,.0f}/s  ETA {_eta(self._total - step, rate, record)}" if rate else ""
+        self.console.print(f"{name} step {step}/{self._total}  loss {record['loss']:.4f}  {terms_text(record)}  lr {record['lr']:.3g}{speed}", soft_wrap=True)
+
+    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
+        self.console.print(f"{name} epoch {epoch:.4g}  {metrics_text(results)}", soft_wrap=True)
+
+
+def _eta(steps: int, rate: float, record: Mapping[str, Any]) -> str:
+    seconds = steps * record.get("batch", 0) / rate if record.get("batch") else None
+    return "?" if seconds is None else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+class LiveReporter(PlainReporter):
+    """A bar per stage: epoch, loss terms, learning rate, samples per second, memory, time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn()]
+        self.progress = Progress(*columns, console=console, refresh_per_second=4, transient=True)
+        self._task: TaskID | None = None
+        self._per_epoch = 1
+
+    def stage_started(self, name: str, step: int, total_steps: int, steps_per_epoch: int, batch_size: int) -> None:
+        super().stage_started(name, step, total_steps, steps_per_epoch, batch_size)
+        self._per_epoch = steps_per_epoch
+        self._task = self.progress.add_task(name, total=total_steps, completed=step, detail="")
+
+    def step_done(self, name: str, step: int) -> None:
+        if self._task is not None:
+            self.progress.update(self._task, completed=step)
+
+    def logged(self, name: str, step: int, record: Mapping[str, Any]) -> None:
+        if self._task is None:
+            return
+        rate = f" {record['images_per_s']:,.0f}/s" if record.get("images_per_s") else ""
+        memory = f" {record['memory_bytes'] / 2**30:.1f} GiB"
+        detail = f"epoch {step / self._per_epoch:.1f}  loss {record['loss']:.3f} ({terms_text(record)})  lr {record['lr']:.2g}{rate}{memory}"
+        self.progress.update(self._task, detail=escape(detail))
+
+    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
+        if self._task is not None:
+            self.progress.update(self._task, description=f"{name} [dim]{escape(_short(results))}[/]")
+
+    def stage_done(self, name: str) -> None:
+        if self._task is not None:
+            self.progress.remove_task(self._task)
+            self._task = None
+
+
+def _short(results: Mapping[str, Mapping[str, float]]) -> str:
+    return " ".join(f"{split} {v['top1']:.1f}%" for split, v in results.items() if "top1" in v)

@@ -1,0 +1,201 @@
+"""Every fault of a configuration at once: unknown keys, wrong types, illegal values, classes that may not be named.
+
+Typed by the dataclasses in `schema` for the fixed parts, and by the named class's own dataclass fields or signature for
+parts with a `_target_` (that part imports the class, hence torch; the rest does not).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from kdrun.config import schema
+from kdrun.config.compose import Composed
+from kdrun.config.rules import cross_checks
+from kdrun.errors import Problem, Refused, did_you_mean
+
+# Packages whose classes a configuration may name; a user adds to them with run.allow=[pkg].
+ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")
+MAX_DEPTH = 12
+
+
+def check(composed: Composed, build: bool = True) -> None:
+    """Raise `Refused` with all problems. `build=False` skips what would import torch."""
+    found = _Findings(composed)
+    found.tree(composed.tree, schema.Top, "")
+    for group in schema.FIXED:
+        if not isinstance(composed.tree.get(group), Mapping):
+            found.add("a group of settings is needed here", group, f"choose one: {group}=...")
+    found.section(composed.tree.get("teacher"), schema.TeacherKeys, "teacher")
+    found.section(composed.tree.get("student"), schema.StudentKeys, "student")
+    for group in ("teacher", "student", "dataset", "source", "objective", "evaluation"):
+        found.target_allowed(composed.tree.get(group), group)
+    if not found.problems:
+        found.problems.extend(cross_checks(composed))
+    if build and not found.problems:
+        for group in ("dataset", "objective", "evaluation", "source"):
+            found.signature(composed.tree.get(group), group)
+    if found.problems:
+        raise Refused(sorted(found.problems, key=lambda p: (p.where, p.key)))
+
+
+def locate(target: str, allowed: Sequence[str] = ALLOWED) -> Any:
+    """The object behind a dotted path, from an allowed package only. Raises `Refused`."""
+    package = target.split(".")[0]
+    if package not in allowed:
+        raise Refused(Problem(f"'{target}' lies outside the packages that a configuration may name", "_target_", "", f"if you trust it: run.allow=[{package}]"))
+    module_name, _, attribute = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise Refused(Problem(f"'{target}' cannot be imported ({error})", "_target_", "", "check the dotted path, and that its folder is on PYTHONPATH")) from error
+    if not hasattr(module, attribute):
+        names = [n for n in dir(module) if not n.startswith("_")]
+        raise Refused(Problem(f"{module_name} has no '{attribute}'", "_target_", "", did_you_mean(attribute, names)))
+    return getattr(module, attribute)
+
+
+def instantiate(node: Mapping[str, Any], key: str, allowed: Sequence[str] = ALLOWED) -> Any:
+    """Build a component from its node. A ValueError of its own checks becomes a `Refused` that names the group."""
+    target = locate(str(node["_target_"]), allowed)
+    try:
+        return target(**{k: v for k, v in node.items() if k != "_target_"})
+    except (ValueError, TypeError) as error:
+        raise Refused(Problem(str(error), key, str(node["_target_"]), "")) from error
+
+
+class _Findings:
+    def __init__(self, composed: Composed) -> None:
+        self.composed = composed
+        self.problems: list[Problem] = []
+        self.allowed = (*ALLOWED, *(composed.tree.get("run", {}).get("allow") or []))
+
+    def add(self, what: str, key: str, remedy: str) -> None:
+        origins = self.composed.origins
+        where = origins.get(key) or next((o for k, o in origins.items() if k.startswith(key + ".")), "")
+        self.problems.append(Problem(what, key, where, remedy))
+
+    def tree(self, node: Mapping[str, Any], cls: type, prefix: str) -> None:
+        """Hold a mapping against a dataclass: every key known, every value of its type."""
+        hints = get_type_hints(cls)
+        for key, value in node.items():
+            name = f"{prefix}.{key}" if prefix else str(key)
+            if key not in hints:
+                self.add("unknown key", name, did_you_mean(str(key), hints))
+            else:
+                self.value(value, hints[key], name)
+
+    def section(self, node: Any, cls: type, prefix: str) -> None:
+        """Check the known keys of a part that also carries a model's own arguments."""
+        hints = get_type_hints(cls)
+        for key, value in (node or {}).items():
+            if key in hints:
+                self.value(value, hints[key], f"{prefix}.{key}")
+
+    def value(self, value: Any, hint: Any, name: str, depth: int = 0) -> None:
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            if isinstance(value, Mapping):
+                self.tree(value, hint, name)
+            else:
+                self.add(f"a group of keys is needed, not {value!r}", name, "")
+        elif get_origin(hint) is list and isinstance(value, list) and dataclasses.is_dataclass(get_args(hint)[0]):
+            for i, item in enumerate(value):
+                self.value(item, get_args(hint)[0], f"{name}.{i}")
+        elif _optional_dataclass(hint) is not None and value is not None:
+            self.value(value, _optional_dataclass(hint), name)
+        elif not fits(value, hint):
+            self.add(f"{value!r} is not {describe(hint)}", name, _legal(value, hint))
+
+    def target_allowed(self, node: Any, group: str) -> None:
+        if not isinstance(node, Mapping):
+            self.add("a group of settings is needed here", group, f"choose one: {group}=...")
+            return
+        target = node.get("_target_")
+        if target is None:
+            return
+        package = str(target).split(".")[0]
+        if package not in self.allowed:
+            self.add(f"'{target}' lies outside the packages that a configuration may name", f"{group}._target_", f"if you trust it: run.allow=[{package}]")
+
+    def signature(self, node: Any, group: str) -> None:
+        """Hold a part against the class it names: its fields, their types, then its own checks."""
+        if not isinstance(node, Mapping) or "_target_" not in node:
+            return
+        try:
+            target = locate(str(node["_target_"]), self.allowed)
+        except Refused as refused:
+            for p in refused.problems:
+                self.add(p.what, f"{group}._target_", p.remedy)
+            return
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints.pop("return", None)
+        before = len(self.problems)
+        for key, value in node.items():
+            if key == "_target_":
+                continue
+            if key not in hints:
+                self.add("unknown key", f"{group}.{key}", did_you_mean(str(key), hints))
+            elif not fits(value, hints[key]):
+                self.add(f"{value!r} is not {describe(hints[key])}", f"{group}.{key}", _legal(value, hints[key]))
+        if len(self.problems) == before:
+            try:
+                instantiate(node, group, self.allowed)
+            except Refused as refused:
+                for p in refused.problems:
+                    self.add(p.what, p.key, p.remedy)
+
+
+def _optional_dataclass(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next((a for a in get_args(hint) if dataclasses.is_dataclass(a)), None)
+    return None
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain YAML value is of a type. An int is a float; a bool is not a number; null only where it is said."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and (
+            all(fits(v, args[0]) for v in value) if len(args) == 2 and args[1] is ... else len(value) == len(args) and all(map(fits, value, args))
+        )
+    if origin in (list, Sequence):
+        return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def describe(hint: Any) -> str:
+    """A type in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (list, tuple, Sequence):
+        return f"a list of {describe(args[0]).removeprefix('a ').removeprefix('an ')}s"
+    if origin in (dict, Mapping):
+        return "a mapping"
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _legal(value: Any, hint: Any) -> str:
+    words = [str(a) for part in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)) if get_origin(part) is Literal for a in get_args(part)]
+    return did_you_mean(str(value), words) if words else f"give {describe(hint)}"

@@ -1,0 +1,228 @@
+"""From a command line to one resolved configuration, with the origin of every leaf.
+
+Order, later wins: conf/config.yaml < group files < the recipe's body < the recipe's `when` entries < the command line.
+Hydra composes the groups and the recipe; overrides are parsed by Hydra's own grammar and applied after the recipe, so
+that all faults of a command line are found at once and a setting of the recipe never outlives the choice it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdrun.config.origins import Origins, file_origins
+from kdrun.config.paths import GROUPS, SearchPath
+from kdrun.errors import Problem, Refused, did_you_mean, nearest
+
+COMMAND_LINE = "command line"
+# Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
+NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
+
+
+@dataclass
+class Composed:
+    """A resolved configuration and how it came about."""
+
+    tree: dict[str, Any]
+    origins: Origins
+    choices: dict[str, str]  # group -> option
+    recipe: str | None
+    overrides: list[str]
+    config_dirs: list[str] = field(default_factory=list)
+
+    def hash(self) -> str:
+        """Identifies the experiment: equal for equal settings, however they were written or ordered."""
+        semantic = {k: v for k, v in self.tree.items() if k not in NOT_SEMANTIC}
+        return hashlib.sha256(json.dumps(semantic, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def set_by_user(self, key: str) -> bool:
+        """Whether the command line set this key or a leaf below it."""
+        return any(o == COMMAND_LINE and (k == key or k.startswith(key + ".")) for k, o in self.origins.items())
+
+
+def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), default_recipe: str | None = None) -> Composed:
+    """Compose and resolve. Raises `Refused` with all problems that can be seen without building anything."""
+    search = SearchPath.of(config_dirs)
+    parsed, problems = _parse(overrides)
+    choices_given, recipe, values = _sort_overrides(parsed, search, problems, default_recipe)
+    if problems:
+        raise Refused(problems)
+    config, choices = _hydra(search, choices_given, recipe)
+    origins = file_origins(search, choices, recipe)
+    given = [o.key_or_group for o in values]
+    origins |= _apply_when(config, choices, given, recipe, problems)
+    for override in values:
+        _apply(config, override, origins, problems)
+    if recipe:
+        config["name"] = recipe
+        origins["name"] = COMMAND_LINE if any(o.key_or_group == "recipe" for o in parsed) else "default"
+    tree = _resolve(config, problems)
+    if problems:
+        raise Refused(problems)
+    tree.pop("when", None)
+    return Composed(tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs])
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    parser, parsed, problems = OverridesParser.create(), [], []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            what = str(error).splitlines()[0]
+            problems.append(Problem(f"cannot be read as an override ({what})", text, COMMAND_LINE, "write key=value; quote values with spaces or commas"))
+    return parsed, problems
+
+
+def _sort_overrides(
+    parsed: list[Override], search: SearchPath, problems: list[Problem], recipe: str | None
+) -> tuple[dict[str, str], str | None, list[Override]]:
+    """Split into group choices, the recipe and value overrides; unknown choices become problems."""
+    choices: dict[str, str] = {}
+    values: list[Override] = []
+    for override in parsed:
+        key = override.key_or_group
+        if override.is_sweep_override():
+            problems.append(Problem("several values where one is needed", key, COMMAND_LINE, "give one value per run here"))
+        elif key == "recipe" or (key in GROUPS and not override.is_delete()):
+            group, name = ("recipes" if key == "recipe" else key), str(override.value())
+            options = search.options(group)
+            if name not in options:
+                problems.append(Problem(f"there is no {key} named '{name}'", key, COMMAND_LINE, did_you_mean(name, options)))
+            elif key == "recipe":
+                recipe = name
+            else:
+                choices[key] = name
+        else:
+            values.append(override)
+    return choices, recipe, values
+
+
+def _hydra(search: SearchPath, choices: Mapping[str, str], recipe: str | None) -> tuple[DictConfig, dict[str, str]]:
+    conf, *more = search.conf_dirs()
+    folders = [f"file://{folder}" for folder in (*search.roots, *more)]
+    overrides = [f"hydra.searchpath=[{','.join(folders)}]", *(f"{g}={n}" for g, n in choices.items())]
+    if recipe:
+        overrides.append(f"recipes={recipe}")
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            config = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        where = f"recipes/{recipe}.yaml" if recipe else "conf"
+        raise Refused(Problem(f"the configuration cannot be composed: {error}", "", where, "see `kdrun ls` for what each group offers")) from error
+    chosen = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    return config, chosen
+
+
+def _apply_when(config: DictConfig, choices: Mapping[str, str], given: list[str], recipe: str | None, problems: list[Problem]) -> Origins:
+    """Apply the recipe's conditional settings to what the command line left alone."""
+    origins: Origins = {}
+    for number, entry in enumerate(config.get("when") or []):
+        conditions = [str(c) for c in entry.get("if", [])]
+        wrong = [c for c in conditions if c.partition("=")[0] not in GROUPS or not c.partition("=")[2]]
+        if wrong or not conditions:
+            problems.append(Problem("a condition is a list of group=option", f"when.{number}.if", f"recipes/{recipe}.yaml", "e.g. if: [objective=dkd]"))
+            continue
+        if not all(choices.get(c.partition("=")[0]) in c.partition("=")[2].split("|") for c in conditions):
+            continue
+        for key, value in entry.items():
+            if key == "if" or any(g == key or g.startswith(f"{key}.") for g in given):
+                continue
+            OmegaConf.update(config, str(key), value, merge=False)
+            origins[str(key)] = f"recipes/{recipe}.yaml (when {', '.join(conditions)})"
+    return origins
+
+
+def _apply(config: DictConfig, override: Override, origins: Origins, problems: list[Problem]) -> None:
+    key = override.key_or_group
+    known = OmegaConf.select(config, key, default=_ABSENT) is not _ABSENT
+    if override.is_delete():
+        parent, _, leaf = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if known and node is not None:
+            del node[leaf]
+            origins[key] = COMMAND_LINE
+        else:
+            problems.append(_unknown(config, key))
+    elif known or override.is_add() or override.is_force_add() or _open(config, key):
+        try:
+            OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
+        except OmegaConfBaseException as error:
+            problems.append(Problem(f"cannot be set ({str(error).splitlines()[0]})", key, COMMAND_LINE, "set the whole node, or a leaf of it"))
+        for leaf in [o for o in origins if o.startswith(key + ".")]:
+            del origins[leaf]
+        origins[key] = COMMAND_LINE
+    else:
+        problems.append(_unknown(config, key))
+
+
+_ABSENT = object()
+
+
+def _open(config: DictConfig, key: str) -> bool:
+    """A key below a null or empty mapping of the tree, or below a node that names its class by `_target_` on the command
+    line, may be added freely: the schema and the target's signature judge it later."""
+    parent = key.rpartition(".")[0]
+    while parent:
+        node = OmegaConf.select(config, parent, default=_ABSENT)
+        if node is not _ABSENT:
+            return node is None or (isinstance(node, DictConfig) and (len(node) == 0 or "_target_" in node) and parent != "objective")
+        parent = parent.rpartition(".")[0]
+    return False
+
+
+def _unknown(config: DictConfig, key: str) -> Problem:
+    legal = list(flatten(OmegaConf.to_container(config, resolve=False)))
+    parents = {k.rsplit(".", n)[0] for k in legal for n in range(1, k.count(".") + 1)}
+    siblings = [k for k in legal if k.rpartition(".")[0] == key.rpartition(".")[0]]
+    close = nearest(key, siblings) or nearest(key, {*legal, *parents})
+    remedy = f"did you mean {' or '.join(close)}?" if close else did_you_mean(key, siblings)
+    return Problem("unknown key", key, COMMAND_LINE, remedy)
+
+
+def _resolve(config: DictConfig, problems: list[Problem]) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        problems.append(Problem(str(error).splitlines()[0], key, "", f"set {key}=... on the command line" if key else ""))
+        return {}
+    assert isinstance(tree, dict)
+    return {str(k): v for k, v in tree.items()}
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted leaf -> value. Lists and empty mappings are leaves."""
+    if isinstance(node, (DictConfig, ListConfig)):
+        node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, Mapping) and (node or not prefix):
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {prefix: node}
+
+
+def _keep_live(origins: Origins, tree: dict[str, Any]) -> Origins:
+    """One origin for each leaf of the tree; a leaf below a key that was set whole has that key's origin."""
+    found: Origins = {}
+    for leaf in flatten(tree):
+        name = leaf
+        while name and name not in origins:
+            name = name.rpartition(".")[0]
+        found[leaf] = origins.get(name, "conf/config.yaml")
+    return found

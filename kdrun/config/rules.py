@@ -1,0 +1,68 @@
+"""Checks that look at several keys together. Each message ends with the change to make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kdrun.config.compose import Composed
+from kdrun.errors import Problem
+
+POSITIVE = ("optim.lr", "optim.epochs", "run.log_every", "run.checkpoint_every", "run.keep", "source.batch_size")
+
+
+def cross_checks(composed: Composed) -> list[Problem]:
+    return [*_ranges(composed), *_protocol(composed), *_micro_batch(composed), *_hardware(composed)]
+
+
+def _get(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _problem(composed: Composed, what: str, key: str, remedy: str) -> Problem:
+    return Problem(what, key, composed.origins.get(key, ""), remedy)
+
+
+def _ranges(composed: Composed) -> Iterator[Problem]:
+    for key in POSITIVE:
+        value = _get(composed.tree, key)
+        if isinstance(value, (int, float)) and value <= 0:
+            yield _problem(composed, f"must be above 0, not {value}", key, f"e.g. {key}=1")
+    ema = _get(composed.tree, "optim.ema")
+    if ema is not None and not 0 < ema < 1:
+        yield _problem(composed, f"a decay lies between 0 and 1, not {ema}", "optim.ema", "e.g. optim.ema=0.999, or null for none")
+    seeds = _get(composed.tree, "run.seeds")
+    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
+        yield _problem(composed, "seeds must be different from each other, and at least one", "run.seeds", "e.g. run.seeds=[1,2,3]")
+
+
+def _protocol(composed: Composed) -> Iterator[Problem]:
+    protocol, validation = _get(composed.tree, "evaluation.protocol"), _get(composed.tree, "dataset.validation")
+    if protocol == "best_val" and not validation:
+        yield _problem(composed, "best_val needs a validation split, and there is none", "evaluation.protocol", "dataset.validation=0.1, or evaluation.protocol=last")
+    if protocol == "best_test" and composed.origins.get("evaluation.protocol", "").startswith(("command line", "conf/")):
+        yield _problem(
+            composed, "choosing the epoch by test accuracy is refused unless the paper did it and its recipe says so", "evaluation.protocol",
+            "evaluation.protocol=last, or best_val with dataset.validation=0.1",
+        )
+
+
+def _micro_batch(composed: Composed) -> Iterator[Problem]:
+    micro, batch = _get(composed.tree, "hardware.micro_batch"), _get(composed.tree, "source.batch_size")
+    sizes = [micro] if isinstance(micro, int) else micro or []
+    if any(s < 1 for s in sizes):
+        yield _problem(composed, "a micro-batch has at least one sample", "hardware.micro_batch", "hardware.micro_batch=null for the whole batch")
+    ranks = _get(composed.tree, "hardware.procs") or 1
+    if isinstance(micro, list) and isinstance(batch, int) and sum(sizes) * ranks != batch:
+        yield _problem(composed, f"sizes {sizes} make {sum(sizes)} samples a rank; source.batch_size={batch} over {ranks} rank(s) needs {batch / ranks:g}",
+                       "hardware.micro_batch", "make them add up, or give one number")
+
+
+def _hardware(composed: Composed) -> Iterator[Problem]:
+    procs, kind = _get(composed.tree, "hardware.procs"), _get(composed.tree, "hardware.kind")
+    if kind == "local" and procs not in (1, None):
+        yield _problem(composed, f"{procs} ranks need torchrun", "hardware.procs", f"hardware=multi_gpu hardware.procs={procs}")
+    if procs is None and kind == "ranks" and _get(composed.tree, "hardware.device") == "cpu":
+        yield _problem(composed, "on the CPU the number of ranks must be said", "hardware.procs", "hardware.procs=2")

@@ -1,0 +1,123 @@
+"""Image augmentation whose every draw is a function of (seed, view, sample id).
+
+`PadCropFlip` is batched tensor code on uint8 images, on whatever device they lie; `ResizedCropFlip` runs torchvision's
+transforms image by image in the workers. Both end in torchvision's ToTensor and Normalize, to the last bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kdrun import rng
+from kdrun.dataset.base import Request
+
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 [B, C, H, W] to float32 (x / 255 - mean) / std, in torchvision's order of operations."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    # The constants, kept on each device: a copy from the host in every step would stall an accelerator.
+    _constants: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.device not in self._constants:
+            mean, std = (torch.tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
+            self._constants[images.device] = mean, std
+        mean, std = self._constants[images.device]
+        return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class PadCropFlip:
+    """Zero padding, a random crop of the old size, a horizontal flip: torchvision's RandomCrop(size, padding) and
+    RandomHorizontalFlip, with black pixels as padding (before normalisation). Padding 0 and flip 0 leave the image.
+    """
+
+    normalise: Normalise
+    padding: int = 0  # pixels on every side
+    flip: float = 0.0  # probability
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        return image
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        if request.augment and (self.padding or self.flip):
+            corner, mirrored = (d.to(inputs.device, non_blocking=True) for d in self.draws(request))
+            inputs = crop_flip(inputs, corner, mirrored, self.padding)
+        return self.normalise(inputs)
+
+    def draws(self, request: Request) -> tuple[Tensor, Tensor]:
+        """Where each crop begins in the padded image, (top, left) int64 [B, 2] in [0, 2 * padding]; which are mirrored, bool [B].
+
+        Drawn on the CPU, where the ids lie: one small copy to an accelerator is cheaper than many small kernels there.
+        """
+        u = rng.uniform(rng.key(request.seed, "crop and flip"), request.view[:, None], request.ids[:, None], torch.arange(3))
+        return (u[:, :2].double() * (2 * self.padding + 1)).long(), u[:, 2] < self.flip
+
+
+def crop_flip(images: Tensor, corner: Tensor, mirrored: Tensor, padding: int) -> Tensor:
+    """Zero-pad images [B, C, H, W], crop the old size at `corner` [B, 2] = (top, left), mirror those marked in `mirrored` [B].
+
+    One gather from the padded images does both: a mirrored crop reads its columns from right to left.
+    """
+    B, C, H, W = images.shape
+    columns = torch.arange(W, device=images.device)
+    columns = torch.where(mirrored[:, None], W - 1 - columns, columns) + corner[:, 1:]  # [B, W]
+    rows = torch.arange(H, device=images.device) + corner[:, :1]  # [B, H]
+    pixels = (rows[:, :, None] * (W + 2 * padding) + columns[:, None, :]).view(B, 1, H * W)
+    padded = F.pad(images, [padding] * 4).view(B, C, -1)
+    return padded.gather(2, pixels.expand(-1, C, -1)).view(B, C, H, W)
+
+
+@dataclass(frozen=True)
+class ResizedCropFlip:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip in training; Resize of the shorter side and CenterCrop in evaluation."""
+
+    normalise: Normalise
+    size: tuple[int, int]  # (H, W) that the models see
+    scale: tuple[float, float] = (0.08, 1.0)  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    interpolation: Interpolation = "bilinear"
+    flip: float = 0.5
+    eval_resize: int = 256  # shorter side before the centre crop
+    eval_interpolation: Interpolation = "bilinear"
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
+
+        if key is None:
+            return CenterCrop(self.size)(Resize(self.eval_resize, InterpolationMode(self.eval_interpolation))(image))
+        with local_rng(key):
+            image = RandomResizedCrop(self.size, self.scale, self.ratio, InterpolationMode(self.interpolation))(image)
+            return RandomHorizontalFlip(self.flip)(image)
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        return self.normalise(inputs)
+
+
+@contextmanager
+def local_rng(key: int) -> Iterator[None]:
+    """Library code inside draws from the stream of `key`; the global generators are as before afterwards."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.default_generator.manual_seed(key)  # not torch.manual_seed, which would also reset the accelerators
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)

@@ -1,0 +1,201 @@
+"""What a loaded data set is: splits with stable ids, and batches of them as the models see them.
+
+Two kinds of storage answer the same requests: `Resident` (one tensor, augmented in batches on the device) and
+`kdrun.dataset.streamed.Streamed` (rows read, decoded and cropped by workers). An answer is a function of the request
+alone, so order, workers, ranks and resume cannot change it (law 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kdrun.errors import Problem, Refused, did_you_mean
+from kdrun.types import Batch
+
+SPLITS = ("train", "validation", "test")
+
+
+class Request(NamedTuple):
+    """Which rows of a split are wanted, and as which random view of themselves."""
+
+    positions: Tensor  # [B] int64, in the split
+    ids: Tensor  # [B] int64 sample ids of these positions
+    view: Tensor  # [B] int64
+    seed: int
+    augment: bool
+
+
+class Transform(Protocol):
+    """How a stored row becomes what the models see. Its repr names all its settings and enters the fingerprint."""
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        """The part done image by image, in the workers; `key` None is the evaluation transform."""
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        """The part done on the device: stored rows [B, ...] to float32 [B, ...]."""
+
+
+class Storage(Protocol):
+    """Where the inputs of a split lie."""
+
+    prefetches: bool  # whether `stream` works ahead, so that a source should say what comes next
+
+    def __len__(self) -> int: ...
+    def fetch(self, request: Request, device: torch.device) -> Tensor: ...
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]: ...
+    def digest(self, into: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Rows that are stored as the models see them: standardised vectors."""
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        return image
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        return inputs
+
+
+@dataclass(eq=False)
+class Resident:
+    """A split as one tensor: uint8 [N, C, H, W] for images, float32 [N, D] for vectors. Copied to a device once."""
+
+    inputs: Tensor
+    transform: Transform = field(default_factory=Identity)
+    prefetches: bool = field(default=False, init=False)
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def on(self, device: torch.device) -> Tensor:
+        if device == self.inputs.device:
+            return self.inputs
+        if device not in self._copies:
+            self._copies[device] = self.inputs.to(device)
+        return self._copies[device]
+
+    def fetch(self, request: Request, device: torch.device) -> Tensor:
+        rows = self.on(device).index_select(0, request.positions.to(device, non_blocking=True))
+        return self.transform.batch(rows, request)
+
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]:
+        for request in requests:
+            yield request, self.fetch(request, device)
+
+    def digest(self, into: Any) -> None:
+        into.update(f"{self.transform!r} {tuple(self.inputs.shape)} {self.inputs.dtype}".encode())
+        into.update(self.inputs.contiguous().numpy().data)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The rows of one split, in the order of their ids. Everything but the inputs stays on the CPU."""
+
+    storage: Storage
+    targets: Tensor  # [N] int64
+    ids: Tensor  # [N] int64
+    extra: Mapping[str, Tensor] = field(default_factory=dict)  # [N, ...] by name
+
+    def __post_init__(self) -> None:
+        parts: dict[str, Sized] = {"inputs": self.storage, "targets": self.targets, "ids": self.ids, **self.extra}
+        lengths = {name: len(part) for name, part in parts.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"the parts of a split differ in length: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def request(self, index: Tensor, view: Tensor, seed: int, augment: bool) -> Request:
+        return Request(index, self.ids[index], view, seed, augment)
+
+    def batch(self, request: Request, inputs: Tensor, device: torch.device) -> Batch:
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        extra = {name: move(rows[request.positions]) for name, rows in self.extra.items()}
+        return Batch(inputs, move(self.targets[request.positions]), move(request.ids), move(request.view), extra)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A loaded data set.
+
+    Ids are unique over all splits and below `total_ids`: the rows of the training file come first, in its order, also
+    those carved out for validation; the rows of the test file follow. A subset keeps the ids of the whole.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]  # what the models see, without the batch: (C, H, W) or (D,)
+    mean: tuple[float, ...]  # per channel on the scale [0, 1], or per feature
+    std: tuple[float, ...]
+    splits: Mapping[str, Split]  # "train", "test" and perhaps "validation"
+    total_ids: int
+    fingerprint: str = field(init=False)  # of the ordered ids, targets, content and transforms
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", fingerprint(self.splits))
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    def split(self, name: str) -> Split:
+        """Raises `Refused` for a split that this data set does not have."""
+        if name not in self.splits:
+            carve = "dataset.validation=0.1 carves one out of the training rows"
+            remedy = carve if name == "validation" else did_you_mean(name, self.splits)
+            raise Refused(Problem(f"{self.name} has no {name} split", "dataset", self.name, remedy))
+        return self.splits[name]
+
+    def rows(self, split: str, index: Tensor, view: Tensor, seed: int, augment: bool = True, device: torch.device | str = "cpu") -> Batch:
+        """The rows at positions `index` [B] of a split, as the random views `view` [B] if `augment`, else as evaluated.
+
+        Raises:
+            Refused: a streamed image that cannot be read.
+        """
+        part, device = self.split(split), torch.device(device)
+        request = part.request(index, view, seed, augment)
+        return part.batch(request, part.storage.fetch(request, device), device)
+
+    def stream(
+        self, split: str, plan: Iterable[tuple[Tensor, Tensor]], seed: int, augment: bool = True, device: torch.device | str = "cpu"
+    ) -> Iterator[Batch]:
+        """`rows` for every (index, view) of a plan, in its order; a streamed split loads ahead in its workers."""
+        part, device = self.split(split), torch.device(device)
+        requests = (part.request(index, view, seed, augment) for index, view in plan)
+        for request, inputs in part.storage.stream(requests, device):
+            yield part.batch(request, inputs, device)
+
+    def batches(self, split: str, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+        """All rows of a split in order, not augmented."""
+        pieces = torch.arange(len(self.split(split))).split(batch_size)
+        return self.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=device)
+
+    def labels_by_id(self, split: str = "train") -> Tensor:
+        """Targets by sample id, int64 [total_ids]; -1 for ids outside the split."""
+        labels = torch.full((self.total_ids,), -1, dtype=torch.int64)
+        part = self.split(split)
+        labels[part.ids] = part.targets
+        return labels
+
+
+def fingerprint(splits: Mapping[str, Split]) -> str:
+    """sha256 over the ordered ids, targets, extra rows, content (all of it if resident, a sample if streamed) and transforms."""
+    total = hashlib.sha256()
+    for name in SPLITS:
+        if name not in splits:
+            continue
+        split = splits[name]
+        total.update(f"{name} {len(split)}".encode())
+        for label, rows in [("ids", split.ids), ("targets", split.targets), *sorted(split.extra.items())]:
+            total.update(f"{label} {rows.dtype}".encode())
+            total.update(rows.contiguous().numpy().data)
+        split.storage.digest(total)
+    return total.hexdigest()

@@ -1,0 +1,168 @@
+"""From a configuration tree to objects that fit each other, or to a refusal that names everything that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdrun import rng
+from kdrun.config import schema
+from kdrun.config.check import ALLOWED, instantiate
+from kdrun.dataset.base import Data
+from kdrun.engine.device import channels_last
+from kdrun.engine.distributed import Ranks
+from kdrun.engine.learner import Learner
+from kdrun.errors import Problem, Refused, did_you_mean
+from kdrun.objective.base import Objective
+from kdrun.student.build import build as build_network
+from kdrun.student.taps import Tapped, model_spec
+from kdrun.student.weights import load_weights
+from kdrun.teacher.live import LiveTeacher, affine_between
+from kdrun.teacher.silent import NoTeacher
+from kdrun.teacher.truth import TruthTeacher
+from kdrun.types import Context, ModelSpec, Teacher
+
+TEACHER_KEYS = {f.name for f in fields(schema.TeacherKeys)}
+STUDENT_KEYS = {f.name for f in fields(schema.StudentKeys)}
+TEACHER_KINDS = ("none", "truth", "live")
+
+
+@dataclass
+class Built:
+    """The parts of one training stage, on their device, checked against each other."""
+
+    data: Data
+    network: nn.Module  # the bare student: what is exported
+    learner: Learner
+    teacher: Teacher
+    objective: Objective
+    evaluation: Any
+    memory_format: torch.memory_format
+    steps_per_epoch: int
+    total_steps: int
+
+
+def load_data(tree: Mapping[str, Any]) -> Data:
+    """Load the data set that the tree names. Raises `Refused` where it is missing or does not fit its description."""
+    return instantiate(tree["dataset"], "dataset", allowed(tree)).load()
+
+
+def allowed(tree: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*ALLOWED, *(tree["run"].get("allow") or []))
+
+
+def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Built:
+    """Build and check everything that one stage trains with. Raises `Refused`; spends nothing but memory."""
+    objective = instantiate(tree["objective"], "objective", allowed(tree))
+    needs = objective.needs()
+    memory_format = torch.channels_last if channels_last(tree["hardware"], data.input_shape) else torch.contiguous_format
+    problems: list[Problem] = []
+    network = build_student_network(tree, data)
+    student_spec = _spec(network, tree["student"], data, needs.student_taps, "student", problems)
+    teacher = build_teacher(tree, data, needs.teacher_taps, problems)
+    _check_needs(tree, data, objective, teacher, problems)
+    if problems or student_spec is None:
+        raise Refused(problems)
+    student = Tapped(network, tree["student"].get("taps") or {}, needs.student_taps, "student.taps")
+    batch_size = int(tree["source"]["batch_size"])
+    samples = len(data.splits["train"])
+    per_epoch = samples // batch_size if tree["source"].get("drop_last") else -(-samples // batch_size)
+    if per_epoch == 0:
+        raise Refused(Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}"))
+    total_steps = max(1, round(tree["optim"]["epochs"] * per_epoch))
+    torch.manual_seed(rng.key(tree["seed"], "connectors"))
+    context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
+    connectors = objective.setup(context)
+    learner = Learner(student, connectors, objective, ranks).to(device=device, memory_format=memory_format)
+    objective.to(device)
+    if isinstance(teacher, LiveTeacher):
+        teacher.module.to(device=device, memory_format=memory_format)
+    evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
+    return Built(data, network, learner, teacher, objective, evaluation, memory_format, per_epoch, total_steps)
+
+
+def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
+    """The bare student with its seeded initial weights, or those of student.checkpoint."""
+    torch.manual_seed(rng.key(tree["seed"], "student"))
+    node = tree["student"]
+    network = build_network(node, data.classes, data.input_shape, allowed=allowed(tree), reserved=STUDENT_KEYS, key="student")
+    if node.get("checkpoint"):
+        load_weights(network, node["checkpoint"], node.get("rename") or (), key="student.checkpoint")
+    return network
+
+
+def build_teacher(tree: Mapping[str, Any], data: Data, wanted: tuple[str, ...], problems: list[Problem]) -> Teacher:
+    """The teacher with its taps and its contract checked. Weights come later (`load_weights` or a training stage)."""
+    node = tree["teacher"]
+    kind = node.get("kind", "none")
+    if kind == "none":
+        return NoTeacher()
+    if kind == "truth":
+        return TruthTeacher(data.classes, data.input_shape, node.get("extra") or "truth_logits")
+    if kind != "live":
+        raise Refused(Problem(f"there is no kind of teacher named '{kind}'", "teacher.kind", "", did_you_mean(kind, TEACHER_KINDS)))
+    torch.manual_seed(rng.key(node.get("seed", 0), "student"))
+    classes = node.get("classes") or data.classes
+    module = build_network(node, classes, data.input_shape, allowed=allowed(tree), reserved=TEACHER_KEYS, key="teacher")
+    problems += list(_teacher_contract(node, data))
+    spec = _spec(module, node, data, wanted, "teacher", problems)
+    if spec is None:
+        return NoTeacher()  # its problems are on the list; nothing will run
+    tapped = Tapped(module, node.get("taps") or {}, wanted, "teacher.taps")
+    affine = None
+    if node.get("mean") is not None and node.get("renormalise"):
+        affine = affine_between(data.mean, data.std, node["mean"], node["std"])
+    return LiveTeacher(tapped, spec, affine)
+
+
+def _spec(network: nn.Module, node: Mapping[str, Any], data: Data, wanted: tuple[str, ...], who: str, problems: list[Problem]) -> ModelSpec | None:
+    """The outside of a network on this data, or None with the reasons on the list."""
+    try:
+        spec = model_spec(network, data.input_shape, node.get("taps") or {}, wanted, f"{who}.taps")
+    except Refused as refused:
+        problems += refused.problems
+        return None
+    if spec.classes != data.classes and node.get("classes") in (None, data.classes):
+        what = f"the {who} speaks of {spec.classes} classes, {data.name} has {data.classes}"
+        problems.append(Problem(what, who, "", f"a network whose forward returns [B, {data.classes}] logits"))
+    return spec
+
+
+def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
+    """What the teacher says of itself must fit the data: classes, input size, normalisation."""
+    found = []
+    classes = node.get("classes")
+    if classes is not None and classes != data.classes:
+        found.append(Problem(f"the teacher has {classes} classes, {data.name} has {data.classes}", "teacher.classes", "", "choose a teacher for this data set"))
+    size = node.get("input_size")
+    if size is not None and tuple(size) != tuple(data.input_shape):
+        found.append(Problem(f"the teacher was made for inputs {list(size)}, {data.name} gives {list(data.input_shape)}", "teacher.input_size", "",
+                             "choose another teacher, or the data set's transform that gives its size"))
+    mean, std = node.get("mean"), node.get("std")
+    if mean is not None and std is not None and not node.get("renormalise"):
+        ours = [*data.mean, *data.std]
+        same = len(ours) == len(mean) + len(std) and all(abs(a - b) < 1e-3 for a, b in zip([*mean, *std], ours, strict=True))
+        if not same:
+            found.append(Problem(f"the teacher was trained with mean {list(mean)}, std {list(std)}; {data.name} is normalised with {list(data.mean)}, {list(data.std)}",
+                                 "teacher.mean", "", "teacher.renormalise=true hands it inputs normalised its own way"))
+    return found
+
+
+def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, problems: list[Problem]) -> None:
+    needs, name = objective.needs(), type(objective).__name__
+    if (needs.teacher_logits or needs.teacher_taps) and teacher.spec is None:
+        problems.append(Problem(f"{name} needs a teacher and there is none", "teacher", "", "choose one, e.g. teacher=resnet56 (`kdrun ls teachers`), or objective=ce"))
+    if needs.teacher_taps and isinstance(teacher, TruthTeacher):
+        problems.append(Problem(f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"))
+    rows = {*data.splits["train"].extra}
+    wanted = {*needs.extra, *([teacher.row] if isinstance(teacher, TruthTeacher) else [])}
+    for row in sorted(wanted - rows):
+        problems.append(Problem(f"{data.name} has no '{row}' rows", "dataset", "", f"rows it has: {', '.join(sorted(rows)) or 'none'}; a world with a known truth: dataset=gaussians"))
+    if objective.coupling == "batch" and tree["hardware"]["micro_batch"] is not None:
+        problems.append(Problem(f"{name} compares samples of a batch with each other, so the batch cannot be split", "hardware.micro_batch", "",
+                                "hardware.micro_batch=null, with a smaller source.batch_size if memory is short"))
+

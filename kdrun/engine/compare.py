@@ -1,0 +1,96 @@
+"""A method beside its rivals: the same budget, shared seeds, one teacher; every arm and seed is an ordinary run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdrun.config.check import check
+from kdrun.config.compose import Composed, compose
+from kdrun.engine.records import SUMMARY, read_json, write_json
+from kdrun.engine.report import Reporter
+from kdrun.errors import Problem, Refused
+
+COMPARISON = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    arm: str
+    seed: int
+    composed: Composed
+    folder: Path
+
+
+def is_comparison(tree: Mapping[str, Any]) -> bool:
+    run = tree["run"]
+    return bool(run["rivals"] or run["seeds"])
+
+
+def arm_names(composed: Composed) -> list[str]:
+    """The method first, then its rivals (if they were asked for)."""
+    rivals = list(composed.tree["rivals"]) if composed.tree["run"]["rivals"] else []
+    return [method_name(composed), *(r for r in rivals if r != method_name(composed))]
+
+
+def method_name(composed: Composed) -> str:
+    """The method's short name: that of its objective, as claims and published rows write it."""
+    return composed.choices["objective"]
+
+
+def jobs(composed: Composed, folder: Path) -> list[Job]:
+    """Every run of the comparison, seed by seed, so that an interrupted one has whole rows. Raises `Refused`: all arms
+    are composed and checked before the first one starts."""
+    run = composed.tree["run"]
+    seeds = run["seeds"] or [composed.tree["seed"]]
+    found: list[Job] = []
+    problems: list[Problem] = []
+    for seed in seeds:
+        for arm in arm_names(composed):
+            extra = [] if arm == method_name(composed) else list(composed.tree["rivals"][arm])
+            try:
+                found.append(Job(arm, seed, _arm(composed, extra, seed), folder / "arms" / arm / f"seed-{seed}"))
+            except Refused as refused:
+                problems += [Problem(p.what, p.key, p.where or f"rivals.{arm}", p.remedy) for p in refused.problems if seed == seeds[0]]
+    if problems:
+        raise Refused(problems)
+    return found
+
+
+def _arm(composed: Composed, extra: list[str], seed: int) -> Composed:
+    # A group that the rival chooses for itself is its own: the command line's choice and settings of it are the method's.
+    groups = {e.partition("=")[0] for e in extra}
+    own = [o for o in composed.overrides if o.lstrip("+~").partition("=")[0].split(".")[0] not in groups]
+    fixed = [f"seed={seed}", "run.rivals=false", "run.seeds=null", "run.dir=null", "run.ledger=false"]
+    own = [o for o in own if o.partition("=")[0] not in {f.partition("=")[0] for f in fixed}]
+    arm = compose([*own, *extra, *fixed], composed.config_dirs, default_recipe=composed.recipe)
+    check(arm)
+    return arm
+
+
+def results(listed: list[Job]) -> dict[str, dict[str, dict[int, float]]]:
+    """arm -> metric -> seed -> value, of the runs that are done. The primary metric is the one by protocol."""
+    table: dict[str, dict[str, dict[int, float]]] = {}
+    for job, summary in finished(listed):
+        metrics = {**(summary["test"] or {}), summary["metric"]: summary["value"]}
+        for metric, value in metrics.items():
+            if isinstance(value, (int, float)) and not math.isnan(value):
+                table.setdefault(job.arm, {}).setdefault(metric, {})[job.seed] = value
+    return table
+
+
+def finished(listed: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    for job in listed:
+        if (job.folder / SUMMARY).is_file():
+            yield job, read_json(job.folder / SUMMARY)
+
+
+def write_comparison(folder: Path, listed: list[Job], reporter: Reporter) -> None:
+    """The comparison's own record, rewritten after every job."""
+    rows = [{"arm": j.arm, "seed": j.seed, "folder": str(j.folder.relative_to(folder)), "done": (j.folder / SUMMARY).is_file()} for j in listed]
+    write_json(folder / COMPARISON, {"jobs": rows, "results": results(listed)})

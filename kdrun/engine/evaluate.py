@@ -1,0 +1,88 @@
+"""Evaluation of a network on a split, beside its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdrun.dataset.base import Data
+from kdrun.teacher.live import LiveTeacher
+from kdrun.types import Needs, Teacher
+
+BATCH = 500
+LOGITS = Needs(teacher_logits=True)
+
+
+class Evaluator:
+    """Measures networks; what the teacher says of a split is computed once and kept."""
+
+    def __init__(self, data: Data, evaluation: Any, teacher: Teacher, device: torch.device) -> None:
+        self.data, self.evaluation, self.teacher = data, evaluation, teacher
+        self.device = device
+        self._said: dict[str, list[Tensor]] = {}
+        self.reads: dict[str, int] = {}  # how often each split was looked at
+
+    def splits(self) -> list[str]:
+        return [s for s in ("validation", "test") if s in self.data.splits]
+
+    @torch.inference_mode()
+    def measure(self, network: nn.Module, split: str) -> dict[str, float]:
+        """Metrics of a network ([B, ...] -> logits [B, C]) in evaluation mode; its mode is restored."""
+        was = network.training
+        network.eval()
+        said = self._teacher_logits(split)
+        meter = self.evaluation.meter(self.data.classes, self.device)
+        for i, batch in enumerate(self.data.batches(split, BATCH, self.device)):
+            logits = network(batch.inputs)
+            meter.update(logits.float(), batch.targets, said[i].to(self.device) if said else None)
+        network.train(was)
+        self.reads[split] = self.reads.get(split, 0) + 1
+        return meter.compute()
+
+    def measure_all(self, network: nn.Module) -> dict[str, dict[str, float]]:
+        return {split: self.measure(network, split) for split in self.splits()}
+
+    def _teacher_logits(self, split: str) -> list[Tensor]:
+        if self.teacher.spec is None:
+            return []
+        if split not in self._said:
+            signals = (self.teacher.signal(b, LOGITS) for b in self.data.batches(split, BATCH, self.device))
+            self._said[split] = [s.logits.float().cpu() for s in signals if s.logits is not None]
+        return self._said[split]
+
+
+def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.device) -> Mapping[str, float]:
+    """The teacher's own metrics on the test split, measured here."""
+    bare = Evaluator(data, evaluation, _Silent(), device)
+    if isinstance(teacher, LiveTeacher):
+        return bare.measure(_OwnInput(teacher), "test")
+    meter = evaluation.meter(data.classes, device)
+    for batch in data.batches("test", BATCH, device):
+        meter.update(teacher.signal(batch, LOGITS).logits.float(), batch.targets, None)  # type: ignore[union-attr]
+    return meter.compute()
+
+
+class _Silent:
+    spec = None
+
+    def signal(self, batch: Any, needs: Needs) -> Any:
+        raise AssertionError("no teacher speaks here")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class _OwnInput(nn.Module):
+    """A live teacher as a plain network: inputs renormalised its way, logits only."""
+
+    def __init__(self, teacher: LiveTeacher) -> None:
+        super().__init__()
+        self._teacher = [teacher]  # in a list: not a submodule, so train() and state_dict() do not reach it
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self._teacher[0].forward(self._teacher[0].renormalise(inputs))[0]

@@ -1,0 +1,49 @@
+"""Optimisers and schedules from timm, and the moving average of the student, as the optim group says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdrun.errors import Problem, Refused, did_you_mean
+
+
+def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """One parameter group: weight decay reaches every parameter, as in the published CIFAR protocol."""
+    keys = {"lr": optim["lr"], "weight_decay": optim["weight_decay"]}
+    if optim.get("momentum") is not None:
+        keys["momentum"] = optim["momentum"]
+    if optim.get("betas") is not None:
+        keys["betas"] = tuple(optim["betas"])
+    if optim.get("eps") is not None:
+        keys["eps"] = optim["eps"]
+    try:
+        return create_optimizer_v2(parameters, opt=optim["name"], **keys)
+    except (ValueError, KeyError, AssertionError, TypeError) as error:
+        names = list_optimizers()
+        if optim["name"] not in names:
+            raise Refused(Problem(f"timm has no optimiser named '{optim['name']}'", "optim.name", "", did_you_mean(optim["name"], names))) from error
+        raise Refused(Problem(f"{optim['name']} refuses its settings: {error}", "optim", "", "set the ones it has no use for to null")) from error
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> Scheduler:
+    """A schedule that is a pure function of the optimiser step (timm, updates in steps)."""
+    warmup = {"warmup_t": round(schedule["warmup_epochs"] * steps_per_epoch), "warmup_lr_init": 0.0, "t_in_epochs": False}
+    if schedule["name"] == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=schedule["min_lr"], **warmup)
+    milestones = schedule["milestones"] if schedule["name"] == "multistep" else []
+    # "Below 1" is a fraction of the run; otherwise epochs. timm lowers the rate once step >= milestone.
+    steps = [round(m * total_steps) if m < 1 else round(m * steps_per_epoch) for m in milestones]
+    return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=schedule["gamma"], **warmup)
+
+
+def build_ema(student: nn.Module, decay: float | None) -> AveragedModel | None:
+    """The exponential moving average of the student's weights, buffers included; it is what is evaluated and exported."""
+    return None if decay is None else AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,0 +1,115 @@
+"""What a run leaves behind: its folder, its resolved configuration, its metrics, its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdrun.config.compose import Composed
+from kdrun.errors import Problem, Refused
+
+CONFIG, ORIGIN, METRICS, TIMING, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json"
+
+
+def run_folder(composed: Composed) -> Path:
+    """The folder that this run will use; nothing is created. Raises `Refused` where it cannot be used."""
+    run = composed.tree["run"]
+    if run["dir"]:
+        folder = Path(run["dir"]).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            remedy = f"kdrun resume {folder} goes on with it; another run.dir starts anew"
+            raise Refused(Problem("the run folder exists already and is not empty", "run.dir", str(folder), remedy))
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(run["root"]) / (composed.recipe or "run") / f"{stamp}-{composed.hash()[:6]}"
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = folder.with_name(f"{stamp}-{composed.hash()[:6]}-{number}")
+    _must_be_writable(folder)
+    return folder.resolve()
+
+
+def _must_be_writable(folder: Path) -> None:
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise Refused(Problem("the run folder cannot be written", "run.dir", str(folder), "choose another run.dir or run.root, or mend the permissions"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    part = file.with_suffix(file.suffix + ".part")
+    part.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def open_folder(folder: Path, composed: Composed) -> None:
+    """Create the folder and put the resolved configuration into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(yaml.safe_dump(composed.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_json(folder / ORIGIN, to_document(composed))
+    except OSError as error:
+        raise Refused(Problem(f"the run folder cannot be written ({error.strerror})", "run.dir", str(folder), "choose another run.dir")) from error
+
+
+def to_document(composed: Composed) -> dict[str, Any]:
+    """A composed configuration as plain data, for run folders and for the ranks."""
+    return {"tree": composed.tree, "origins": composed.origins, "choices": composed.choices, "recipe": composed.recipe,
+            "overrides": composed.overrides, "config_dirs": composed.config_dirs, "config_hash": composed.hash()}
+
+
+def from_document(document: Mapping[str, Any]) -> Composed:
+    keys = ("tree", "origins", "choices", "recipe", "overrides", "config_dirs")
+    return Composed(**{k: document[k] for k in keys})
+
+
+def load_run(folder: Path) -> Composed:
+    """The configuration of an existing run. Raises `Refused` where the folder is not a run."""
+    if not (folder / ORIGIN).is_file():
+        raise Refused(Problem("this is not a run folder (it has no run.json)", "", str(folder), "`kdrun ls runs` lists the runs"))
+    return from_document(read_json(folder / ORIGIN))
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per line, append only. Cut back to the checkpoint on resume, so that the file of a broken
+    and resumed run equals that of an unbroken one; everything that depends on the clock goes to timing.jsonl."""
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        self.file, self.clock, self.active = folder / METRICS, folder / TIMING, active
+
+    def offset(self) -> int:
+        return self.file.stat().st_size if self.file.exists() else 0
+
+    def cut(self, offset: int) -> None:
+        if self.active and self.file.exists():
+            os.truncate(self.file, min(offset, self.offset()))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._append(self.file, record)
+
+    def write_timing(self, record: Mapping[str, Any]) -> None:
+        self._append(self.clock, record)
+
+    def _append(self, file: Path, record: Mapping[str, Any]) -> None:
+        if self.active:
+            with open(file, "a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,0 +1,223 @@
+"""One training stage in its folder: build the loop's Stage, resume it, run it, keep its records."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdrun.config.check import instantiate
+from kdrun.engine import loop, state
+from kdrun.engine.build import Built, allowed
+from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
+from kdrun.engine.distributed import Ranks
+from kdrun.engine.evaluate import Evaluator
+from kdrun.engine.loop import NotFinite, Stage
+from kdrun.engine.optim import build_ema, build_optimizer, build_schedule
+from kdrun.engine.records import MetricsFile, write_json
+from kdrun.engine.report import Reporter
+from kdrun.errors import KdrunError
+
+DRY_STEPS = 2
+WARM_UP_STEPS = 10  # left out of the throughput: allocation, autotuning, compilation
+
+
+class Stopped(KdrunError):
+    """A signal asked to stop; the run is saved and can be resumed."""
+
+    exit_code = 75
+
+
+def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks, name: str, reporter: Reporter) -> Stage:
+    """The loop's view of a stage, at step 0."""
+    hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
+    source = instantiate(tree["source"], "source", allowed(tree)).open(
+        built.data, "train", seed=tree["seed"], micro_batch=hardware["micro_batch"], rank=ranks.rank, world=ranks.world, device=device
+    )
+    ema = build_ema(built.network, optim["ema"])
+    compiled, reason = decide_compile(hardware, device, built.total_steps)
+    reporter.note(reason)
+    forward = wrap(learner, built, compiled, hardware, device, ranks, reporter)
+    optimizers, schedules = {}, {}
+    for phase in objective.phases:
+        parameters = [p for n, p in learner.named_parameters() if n.startswith(objective.trained_in(phase)) and p.requires_grad]
+        optimizers[phase] = build_optimizer(parameters, optim)
+        schedules[phase] = build_schedule(optimizers[phase], optim["schedule"], built.steps_per_epoch, built.total_steps)
+    limit = DRY_STEPS if tree["run"]["dry"] else tree["run"]["max_steps"]
+    return Stage(
+        name=name, seed=tree["seed"], learner=learner, forward=forward, teacher=built.teacher, objective=objective, source=source,
+        optimizers=optimizers, schedules=schedules, classes=built.data.classes, total_steps=built.total_steps,
+        log_every=1 if tree["run"]["dry"] else tree["run"]["log_every"], device=device, ranks=ranks, autocast=DTYPES[hardware["dtype"]],
+        clip_norm=optim["clip_norm"], ema=ema, last_step=limit,
+    )
+
+
+def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter) -> Any:
+    """Compile what is trained and the teacher, then share it over ranks. Only the learner is wrapped."""
+    normalisations = [m for m in learner.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if ranks.world > 1 and normalisations:
+        if device.type == "cuda":
+            learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+        else:
+            reporter.note("BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks")
+    elif normalisations and hardware["micro_batch"] is not None:
+        reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
+    if ranks.world > 1 and hardware["wrap"] == "fsdp2":
+        from kdrun.engine.shard import shard
+
+        return shard(learner, ranks, device)
+    forward: Any = learner
+    if compiled:
+        forward = torch.compile(learner)
+        if hasattr(built.teacher, "forward"):
+            built.teacher.forward = torch.compile(built.teacher.forward)
+    if ranks.world > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    return forward
+
+
+class StageRun:
+    """The hooks around the loop for one stage: metrics, evaluation, checkpoints, signals."""
+
+    def __init__(self, tree: Mapping[str, Any], built: Built, stage: Stage, folder: Path, reporter: Reporter) -> None:
+        self.tree, self.built, self.stage, self.folder, self.reporter = tree, built, stage, folder, reporter
+        first = stage.ranks.first
+        self.metrics = MetricsFile(folder, active=first)
+        self.evaluator = Evaluator(built.data, built.evaluation, built.teacher, stage.device)
+        self.history: list[dict[str, Any]] = []
+        self.checkpoints = folder / "checkpoints"
+        per_epoch = built.steps_per_epoch
+        self.save_every = max(1, round(tree["run"]["checkpoint_every"] * per_epoch))
+        self.evaluate_every = max(1, round(built.evaluation.every_epochs * per_epoch))
+        self.end = stage.total_steps if stage.last_step is None else min(stage.last_step, stage.total_steps)
+        self.samples_per_step = int(tree["source"]["batch_size"])
+        self._stop = threading.Event()
+        self._clock: tuple[float, int] | None = None
+        self._last_saved = -1
+        self.seconds = 0.0
+        self.rate: float | None = None
+
+    # -- the loop's hooks -----------------------------------------------------------------------------------------
+
+    def logged(self, step: int, record: dict[str, Any]) -> None:
+        self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record})
+        self._measure_rate(step)
+        self.reporter.logged(self.stage.name, step, {**record, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)})
+
+    def step_done(self, step: int) -> None:
+        self.reporter.step_done(self.stage.name, step)
+        if step % self.evaluate_every == 0 or step == self.end:
+            self.evaluate(step)
+        if step % self.save_every == 0 or step == self.end:
+            self.save(step)
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set()
+
+    # -- what they do ---------------------------------------------------------------------------------------------
+
+    def run(self, resume: bool) -> None:
+        """Train to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
+        if resume:
+            self.restore()
+        self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
+        previous = self._listen()
+        started = time.perf_counter()
+        try:
+            finished = loop.train(self.stage, self)
+        except NotFinite as error:
+            if self.stage.ranks.first:
+                write_json(self.folder / "not_finite.json", error.bundle)
+            raise
+        finally:
+            self.seconds += time.perf_counter() - started
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if not finished:
+            self.save(self.stage.step)
+            raise Stopped(f"stopped at step {self.stage.step} of {self.end}; go on with: kdrun resume {self.folder}")
+        self.reporter.stage_done(self.stage.name)
+
+    def network(self) -> nn.Module:
+        """The network that counts: the moving average if there is one."""
+        return self.stage.ema.module if self.stage.ema is not None else self.built.network  # type: ignore[return-value]
+
+    def evaluate(self, step: int) -> None:
+        loop.assert_healthy(self.stage)
+        epoch = step / self.built.steps_per_epoch
+        if self.stage.ranks.first:
+            results = self.evaluator.measure_all(self.network())
+            self.history.append({"step": step, "epoch": epoch, "validation": results.get("validation"), "test": results.get("test")})
+            for split, values in results.items():
+                self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(epoch, 4), "split": split, **values})
+            self.reporter.evaluated(self.stage.name, epoch, results)
+        self.stage.ranks.barrier()
+
+    def save(self, step: int) -> None:
+        loop.assert_healthy(self.stage)
+        if step != self._last_saved and self.stage.ranks.first:
+            state.save(self.checkpoints, step, self.state_dict(), self.tree["run"]["keep"])
+            self._measure_rate(step)
+            self.metrics.write_timing({"step": step, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)})
+        self._last_saved = step
+        self.stage.ranks.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        s = self.stage
+        return {
+            "learner": s.learner.state_dict(), "optimizers": {k: o.state_dict() for k, o in s.optimizers.items()},
+            "ema": s.ema.state_dict() if s.ema is not None else None, "objective": s.objective.state_dict(),
+            "source": s.source.state_dict(), "teacher": s.teacher.state_dict(), "history": self.history,
+            "reads": self.evaluator.reads, "metrics_offset": self.metrics.offset(), "seconds": self.seconds,
+        }
+
+    def restore(self) -> None:
+        """Go back to the newest whole checkpoint, or to the beginning."""
+        found = state.newest(self.checkpoints)
+        if found is None:
+            self.metrics.cut(0)
+            return
+        step, saved, remarks = found
+        for remark in remarks:
+            self.reporter.note(remark)
+        s = self.stage
+        s.learner.load_state_dict(saved["learner"])
+        for phase, optimizer in s.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][phase])
+        if s.ema is not None:
+            s.ema.load_state_dict(saved["ema"])
+        s.objective.load_state_dict(saved["objective"])
+        s.source.load_state_dict(saved["source"])
+        s.teacher.load_state_dict(saved["teacher"])
+        s.step = self._last_saved = step
+        self.history, self.evaluator.reads, self.seconds = saved["history"], saved["reads"], saved["seconds"]
+        self.metrics.cut(saved["metrics_offset"])
+
+    def _measure_rate(self, step: int) -> None:
+        """Samples per second over the steps of this process, the first ones left out."""
+        now = time.perf_counter()
+        if self._clock is None:
+            if step >= self.stage.step and step >= WARM_UP_STEPS:
+                self._clock = (now, step)
+        elif step > self._clock[1]:
+            self.rate = (step - self._clock[1]) * self.samples_per_step / (now - self._clock[0])
+
+    def _listen(self) -> dict[int, Any]:
+        """SIGTERM and SIGINT ask for a stop at the next step; a second one is taken at its word."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._stop.set()
+
+        return {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

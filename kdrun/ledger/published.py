@@ -1,0 +1,43 @@
+"""The number that a paper prints for a choice of teacher, student and objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# What a cell does not depend on: a student trained from labels has no teacher.
+WITHOUT = {"ce": "teacher", "teacher": "student"}
+
+
+@dataclass(frozen=True)
+class PublishedValue:
+    """One cell of a published table."""
+
+    value: float
+    spread: float | None  # standard deviation over the published runs
+    n: int | None
+    metric: str
+    table: str
+    protocol: str
+
+
+def lookup(published: Sequence[Mapping[str, Any]], choices: Mapping[str, str], name: str) -> PublishedValue | None:
+    """The cell of `name` (an objective or "teacher") in the first row whose conditions the choices meet, or None.
+
+    A row is {if: [teacher=resnet32x4, student=resnet8x4], pld: [73.97, 0.05], at: 71.99, ...}: a value, or a value and
+    its standard deviation.
+    """
+    for table in published:
+        for row in table.get("rows", []):
+            if name not in row or not _meets(row.get("if", []), choices, WITHOUT.get(name)):
+                continue
+            cell = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
+            spread = float(cell[1]) if len(cell) > 1 else None
+            return PublishedValue(float(cell[0]), spread, table.get("n"), table.get("metric", "top1"), table.get("table", ""), table.get("protocol", "last"))
+    return None
+
+
+def _meets(conditions: Sequence[str], choices: Mapping[str, str], ignored: str | None) -> bool:
+    pairs = [str(c).partition("=")[::2] for c in conditions]
+    return all(choices.get(group) == option for group, option in pairs if group != ignored)

@@ -1,0 +1,148 @@
+"""From a node of the configuration to a network: any class or function of an allowed package, by its dotted name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from kdrun.errors import Problem, Refused, did_you_mean
+
+ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")  # top-level packages that `_target_` may name
+RESERVED = frozenset({"_target_", "taps", "checkpoint", "rename"})  # keys of a node that are not arguments of the network
+UNSET = (None, "", "???")
+
+
+def _members(owner: Any) -> list[str]:
+    """Names that may follow a module's or class's own in a dotted name."""
+    names = [name for name in dir(owner) if not name.startswith("_")]
+    if isinstance(owner, ModuleType) and hasattr(owner, "__path__"):
+        names += [info.name for info in pkgutil.iter_modules(owner.__path__)]
+    return names
+
+
+def _import(words: list[str], key: str) -> Any:
+    """The object of a dotted name: packages are imported as far as they go, the rest are attributes."""
+    found: Any = None
+    for i, word in enumerate(words):
+        path = ".".join(words[: i + 1])
+        if i and hasattr(found, word):
+            found = getattr(found, word)
+            continue
+        try:
+            found = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if not f"{path}.".startswith(f"{error.name}."):  # it exists, and something that IT imports does not
+                remedy = f"pip install {error.name}"
+                raise Refused(Problem(f"{path} needs the package {error.name}, which is not installed", key=key, remedy=remedy)) from error
+            if not i:
+                remedy = f"install {word}, or start kdrun where Python finds it (PYTHONPATH)"
+                raise Refused(Problem(f"no package {word!r}", key=key, remedy=remedy)) from error
+            owner = ".".join(words[:i])
+            raise Refused(Problem(f"{owner} has no {word!r}", key=key, remedy=did_you_mean(word, _members(found)))) from error
+    return found
+
+
+def resolve(target: Any, allowed: Collection[str], key: str) -> Callable[..., Any]:
+    """The class, function or class method that `_target_` names.
+
+    Raises `kdrun.errors.Refused` if it is not set, lies outside the allowed packages (also where an allowed package merely imports it:
+    ``torch.os.system``), does not exist, or can be no network.
+    """
+    if target in UNSET:
+        raise Refused(Problem("no network is chosen", key=key, remedy="set it to a dotted name: kdrun.student.resnet.resnet20, my.Net"))
+    words = str(target).split(".")
+    if words[0] not in allowed:
+        what = f"{target} is outside the packages that may be named: {', '.join(allowed)}"
+        raise Refused(Problem(what, key=key, remedy=f"if you trust that package: run.allow=[{words[0]}]"))
+    found = _import(words, key)
+    home = (getattr(found, "__module__", None) or words[0]).partition(".")[0]
+    if home not in allowed:
+        what = f"{target} comes from {home}, outside the packages that may be named: {', '.join(allowed)}"
+        raise Refused(Problem(what, key=key, remedy="name a network by the module that defines it"))
+    # torch itself has network classes only: its functions (torch.load, torch.hub.load) would run code from files or the net.
+    network_class = inspect.isclass(found) and issubclass(found, nn.Module)
+    factory = inspect.isroutine(found) and home != "torch"
+    if not (network_class or factory):
+        what = f"{target} is no torch.nn.Module class and no function that builds one"
+        within = did_you_mean(words[-1], _members(found)) if isinstance(found, ModuleType) else ""
+        raise Refused(Problem(what, key=key, remedy=within or "name a class derived from torch.nn.Module, or a function that returns one"))
+    return found
+
+
+def _outside(parameters: Mapping[str, inspect.Parameter], open_ended: bool, classes: int, input_shape: tuple[int, ...]) -> dict[str, int]:
+    """What a network is told of the data, by the names that its signature has for it."""
+    offered = {
+        "num_classes": classes,
+        "in_channels": input_shape[0],
+        "in_chans": input_shape[0],
+        "in_features": math.prod(input_shape),
+    }
+    told = {name: value for name, value in offered.items() if name in parameters}
+    if open_ended and "num_classes" not in told:  # torchvision's and timm's builders pass it on
+        told["num_classes"] = classes
+    return told
+
+
+def _arguments(
+    target: Callable[..., Any], name: str, given: dict[str, Any], classes: int, input_shape: tuple[int, ...], key: str
+) -> dict[str, Any]:
+    """The arguments of the call; all that is unknown or missing is refused at once."""
+    signature = inspect.signature(target)
+    parameters = {n: p for n, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments = _outside(parameters, open_ended, classes, input_shape) | given
+    problems = []
+    for unknown in [] if open_ended else sorted(given.keys() - parameters.keys()):
+        legal = f"it takes {', '.join(parameters)}" if parameters else "it takes no arguments"
+        remedy = "; ".join(filter(None, [did_you_mean(unknown, parameters) if parameters else "", legal]))
+        problems.append(Problem(f"{name} has no argument {unknown!r}", key=f"{key}.{unknown}", remedy=remedy))
+    for needed, parameter in parameters.items():
+        if arguments.get(needed, parameter.default) in (parameter.empty, "???"):
+            problems.append(Problem(f"{name} needs {needed!r}", key=f"{key}.{needed}", remedy=f"set {key}.{needed}=..."))
+    if problems:
+        raise Refused(problems)
+    return arguments
+
+
+def build(
+    node: Mapping[str, Any],
+    classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    reserved: Collection[str] = RESERVED,
+    allowed: Collection[str] = ALLOWED,
+    key: str = "student",
+) -> nn.Module:
+    """The network of a node such as ``{_target_: kdrun.student.resnet.resnet20, taps: {...}, checkpoint: null, shortcut: conv}``.
+
+    It is told the number of classes and the channels or features of `input_shape` (without the batch) as far as its signature has
+    `num_classes` and `in_channels`, `in_chans` or `in_features`; what the node itself says of these wins. `reserved`: keys of the node
+    that are not arguments (RESERVED and what the caller's group adds). Initialised from the global torch RNG; loads no checkpoint.
+
+    Raises `kdrun.errors.Refused` for a target or argument that cannot be, with the nearest legal names. `key`: the node's place in the
+    configuration, for errors.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    assert isinstance(plain, dict)
+    name = str(plain.get("_target_"))
+    target = resolve(plain.get("_target_"), allowed, f"{key}._target_")
+    given = {str(k): v for k, v in plain.items() if k not in reserved and k not in RESERVED}
+    arguments = _arguments(target, name, given, classes, input_shape, key)
+    try:
+        network = target(**arguments)
+    except Refused as refused:
+        # a factory knows its own arguments, not where they stand
+        raise Refused([Problem(p.what, f"{key}.{p.key}" if p.key else key, p.where, p.remedy) for p in refused.problems]) from refused
+    except (TypeError, ValueError) as error:
+        raise Refused(Problem(f"{name} refuses its arguments: {error}", key=key, remedy=f"it was called with {arguments}")) from error
+    if not isinstance(network, nn.Module):
+        raise Refused(Problem(f"{name} gave a {type(network).__name__}, not a torch.nn.Module", key=f"{key}._target_"))
+    return network

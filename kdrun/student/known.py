@@ -1,0 +1,57 @@
+"""Which networks this package has, and which of them a state dict was made for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+import kdrun.student
+
+BATCHES = "num_batches_tracked"  # a buffer of BatchNorm that files from before torch 0.4.1 do not have
+
+
+def networks() -> dict[str, Callable[..., nn.Module]]:
+    """By dotted name, every function of this package that builds a network from `num_classes` alone."""
+    found: dict[str, Callable[..., nn.Module]] = {}
+    for info in pkgutil.iter_modules(kdrun.student.__path__, "kdrun.student."):
+        for name, function in vars(importlib.import_module(info.name)).items():
+            if not inspect.isfunction(function) or function.__module__ != info.name or name.startswith("_"):
+                continue
+            first, *rest = [*inspect.signature(function).parameters.values(), None]
+            if first is not None and first.name == "num_classes" and all(p is None or p.default is not p.empty for p in rest):
+                found[f"{info.name}.{name}"] = function
+    return found
+
+
+def _variants(factory: Callable[..., nn.Module]) -> Iterator[dict[str, object]]:
+    for in_channels in (3, 1):
+        yield {"in_channels": in_channels}
+        if "shortcut" in inspect.signature(factory).parameters:
+            yield {"in_channels": in_channels, "shortcut": "pad"}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
+    return Counter(tuple(tensor.shape) for name, tensor in state.items() if not name.endswith(BATCHES))
+
+
+def fitting(state: Mapping[str, Tensor]) -> list[str]:
+    """The networks of this package whose tensors have exactly these shapes, whatever their names."""
+    wanted = _shapes(state)
+    heads = [shape for shape in wanted if len(shape) == 2]
+    if len(heads) != 1:  # each of them has one linear layer
+        return []
+    fits = []
+    for name, factory in networks().items():
+        for kwargs in _variants(factory):
+            with torch.device("meta"):
+                candidate = factory(num_classes=heads[0][0], **kwargs)
+            if _shapes(candidate.state_dict()) == wanted:
+                said = ", ".join(f"{key}={value}" for key, value in kwargs.items() if key != "in_channels" or value != 3)
+                fits.append(f"{name}({said})" if said else name)
+    return fits

@@ -1,0 +1,47 @@
+"""A teacher that is run on every batch: frozen, in evaluation mode whatever `train()` is called on it, without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdrun.types import Batch, ModelSpec, Needs, Signal
+
+
+class LiveTeacher:
+    """`module` returns (logits, taps by name). `affine` maps the data set's normalisation to the teacher's own."""
+
+    def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
+        self.module = module.eval().requires_grad_(False)
+        # Law 6: nothing may put the teacher into training mode, not even a parent's train().
+        self.module.train = lambda mode=True: self.module  # type: ignore[method-assign,assignment]
+        self.spec: ModelSpec | None = spec
+        self.forward: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = module
+        self._affine = affine
+
+    def renormalise(self, inputs: Tensor) -> Tensor:
+        if self._affine is None:
+            return inputs
+        scale, shift = self._affine
+        return inputs * scale + shift
+
+    @torch.no_grad()
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        if not needs.teacher_logits and not needs.teacher_taps:
+            return Signal(None, {})
+        logits, taps = self.forward(self.renormalise(batch.inputs))
+        return Signal(logits, taps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def affine_between(mean_from: Any, std_from: Any, mean_to: Any, std_to: Any) -> tuple[Tensor, Tensor]:
+    """(scale, shift) [C, 1, 1] that turn inputs normalised one way into inputs normalised another way."""
+    m0, s0, m1, s1 = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean_from, std_from, mean_to, std_to))
+    return s0 / s1, (m0 - m1) / s1

@@ -1,0 +1,20 @@
+"""No teacher: for training from labels alone (the undistilled student, and the teacher's own training)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kdrun.types import Batch, ModelSpec, Needs, Signal
+
+
+class NoTeacher:
+    spec: ModelSpec | None = None
+
+    def signal(self, batch: Batch, needs: Needs) -> Signal:
+        return Signal(None, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
