@@ -64,7 +64,7 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), de
     given = [o.key_or_group for o in values]
     origins |= _apply_when(config, choices, given, recipe, problems)
     for override in values:
-        _apply(config, override, origins, problems)
+        _apply(config, override, given, origins, problems)
     if recipe:
         config["name"] = recipe
         origins["name"] = COMMAND_LINE if any(o.key_or_group == "recipe" for o in parsed) else "default"
@@ -147,9 +147,9 @@ def _apply_when(config: DictConfig, choices: Mapping[str, str], given: list[str]
     return origins
 
 
-def _apply(config: DictConfig, override: Override, origins: Origins, problems: list[Problem]) -> None:
+def _apply(config: DictConfig, override: Override, given: list[str], origins: Origins, problems: list[Problem]) -> None:
     key = override.key_or_group
-    known = OmegaConf.select(config, key, default=_ABSENT) is not _ABSENT
+    known = _known(config, key)
     if override.is_delete():
         parent, _, leaf = key.rpartition(".")
         node = OmegaConf.select(config, parent) if parent else config
@@ -158,7 +158,7 @@ def _apply(config: DictConfig, override: Override, origins: Origins, problems: l
             origins[key] = COMMAND_LINE
         else:
             problems.append(_unknown(config, key))
-    elif known or override.is_add() or override.is_force_add() or _open(config, key):
+    elif known or override.is_add() or override.is_force_add() or _open(config, key, given):
         try:
             OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
         except OmegaConfBaseException as error:
@@ -171,16 +171,26 @@ def _apply(config: DictConfig, override: Override, origins: Origins, problems: l
 
 
 _ABSENT = object()
+FREE = {"taps", "columns", "fit", "splits"}  # mappings whose keys are the user's own names
 
 
-def _open(config: DictConfig, key: str) -> bool:
-    """A key below a null or empty mapping of the tree, or below a node that names its class by `_target_` on the command
-    line, may be added freely: the schema and the target's signature judge it later."""
+def _known(config: DictConfig, key: str) -> bool:
+    """Whether the tree has this key; one that must still be given (???) counts."""
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent, default=None) if parent else config
+    return isinstance(node, DictConfig) and leaf in set(map(str, node.keys()))
+
+
+def _open(config: DictConfig, key: str, given: list[str]) -> bool:
+    """A key below a null or empty mapping may be added freely, and so may names of the user's own (taps, columns) and the
+    arguments of a class that the command line itself names by `_target_`: schema and signature judge them later."""
     parent = key.rpartition(".")[0]
+    if FREE & set(parent.split(".")):
+        return True
     while parent:
         node = OmegaConf.select(config, parent, default=_ABSENT)
         if node is not _ABSENT:
-            return node is None or (isinstance(node, DictConfig) and (len(node) == 0 or "_target_" in node) and parent != "objective")
+            return node is None or (isinstance(node, DictConfig) and (len(node) == 0 or f"{parent}._target_" in given))
         parent = parent.rpartition(".")[0]
     return False
 

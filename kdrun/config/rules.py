@@ -62,6 +62,8 @@ def _micro_batch(composed: Composed) -> Iterator[Problem]:
 
 def _hardware(composed: Composed) -> Iterator[Problem]:
     procs, kind = _get(composed.tree, "hardware.procs"), _get(composed.tree, "hardware.kind")
+    if _get(composed.tree, "hardware.wrap") == "fsdp2" and _get(composed.tree, "optim.ema"):
+        yield _problem(composed, "a moving average of a sharded student is not kept", "optim.ema", "optim.ema=null, or hardware.wrap=ddp")
     if kind == "local" and procs not in (1, None):
         yield _problem(composed, f"{procs} ranks need torchrun", "hardware.procs", f"hardware=multi_gpu hardware.procs={procs}")
     if procs is None and kind == "ranks" and _get(composed.tree, "hardware.device") == "cpu":

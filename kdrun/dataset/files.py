@@ -4,6 +4,7 @@ save_to_disk or npz. Every way that this can fail says what to put where.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,19 +89,19 @@ class Files:
     def _from_path(self, path: Path) -> dict[str, Table]:
         if not path.exists():
             raise Refused(Problem("no such folder or file", "dataset.path", str(path), self._how_to_get()))
-        form = self._detect(path) if self.format == "auto" else self.format
+        files = _files_below(path)
+        form = self._detect(path, files) if self.format == "auto" else self.format
         try:
             if form == "npz":
                 return self._open_npz(path)
             if form == "disk":
                 return self._open_disk(path)
-            return self._open_files(path, form)
+            return self._open_files(path if path.is_dir() else path.parent, files, form)
         except _load_errors() as error:
             what = f"cannot be read as {form} ({_first_line(error)})"
             raise Refused(Problem(what, "dataset.path", str(path), self._how_to_get())) from error
 
-    def _detect(self, path: Path) -> str:
-        files = [path] if path.is_file() else _files_below(path)
+    def _detect(self, path: Path, files: Sequence[Path]) -> str:
         names = {f.name for f in files}
         if "dataset_dict.json" in names or "state.json" in names:
             return "disk"
@@ -111,14 +112,15 @@ class Files:
             return "imagefolder"
         raise Refused(Problem("nothing readable lies here", "dataset.path", str(path), self._how_to_get()))
 
-    def _open_files(self, path: Path, form: str) -> dict[str, Table]:
+    def _open_files(self, path: Path, below: Sequence[Path], form: str) -> dict[str, Table]:
         from datasets import load_dataset
 
         suffixes = SUFFIXES.get(form, IMAGE_SUFFIXES)
-        files = [f for f in _files_below(path) if f.suffix.lower() in suffixes]
+        files = [f for f in below if f.suffix.lower() in suffixes]
         by_folder = form == "imagefolder"
         chosen = {ours: [f for f in files if _belongs(f.relative_to(path), theirs, by_folder)] for ours, theirs in self.splits.items()}
-        self._require([self.splits[ours] for ours, some in chosen.items() if some], str(path), _split_names(files, path))
+        there = [self.splits[ours] for ours, some in chosen.items() if some]
+        self._require(there, str(path), _split_names(files, path, self.splits["train"]))
         # One pattern for a folder of images: their paths one by one would take the library minutes.
         patterns = {ours: [str(f) for f in some] for ours, some in chosen.items()}
         if by_folder:
@@ -218,21 +220,28 @@ def extra_columns(table: Table, columns: Mapping[str, str], taken: Sequence[str]
 
 def _belongs(file: Path, split: str, by_folder_only: bool) -> bool:
     """Whether a file is of a split: it lies in a folder of that name, or its own name begins with it (train-00000-of-00001)."""
-    if split in file.parts[:-1]:
-        return True
-    return not by_folder_only and re.match(rf"{re.escape(split)}([-_.]|$)", file.stem) is not None
+    if by_folder_only:
+        return len(file.parts) > 1 and file.parts[0] == split
+    return split in file.parts[:-1] or re.match(rf"{re.escape(split)}([-_.]|$)", file.stem) is not None
 
 
-def _split_names(files: Iterable[Path], root: Path) -> set[str]:
-    """What the splits of a folder seem to be called."""
-    parts = [f.relative_to(root) for f in files]
-    return {p.parts[0] if len(p.parts) > 1 else re.split(r"[-_.]", p.stem)[0] for p in parts}
+def _split_names(files: Iterable[Path], root: Path, known: str) -> set[str]:
+    """What the splits of a folder seem to be called: what stands where the name of the known one stands, a folder or a file's beginning."""
+    below = [f.relative_to(root) for f in files]
+    depth = next((p.parts.index(known) for p in below if known in p.parts[:-1]), None)
+    if depth is None:
+        return {re.split(r"[-_.]", p.stem)[0] for p in below}
+    return {p.parts[depth] for p in below if len(p.parts) > depth + 1}
 
 
 def _files_below(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(f for f in path.rglob("*") if f.is_file() and not any(part.startswith(".") for part in f.relative_to(path).parts))
+    found = []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _arrays_of(arrays: Mapping[str, np.ndarray], suffix: str) -> dict[str, np.ndarray]:

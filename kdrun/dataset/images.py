@@ -74,10 +74,15 @@ class ImageData:
             raise ValueError("streamed images (resident=false) need input_shape, mean and std")
         if shape is not None and self.crop == "resized" and self.eval_resize < max(shape[1:]):
             raise ValueError(f"eval_resize={self.eval_resize} is smaller than the centre crop {shape[1:]}")
-        for key, low, high in (("flip", 0, 1), ("padding", 0, None), ("workers", 0, None), ("resize", 1, None)):
+        for key, low in (("padding", 0), ("workers", 0), ("resize", 1), ("classes", 1)):
             value = getattr(self, key)
-            if value is not None and (value < low or (high is not None and value > high)):
-                raise ValueError(f"{key}={value} is outside {low}..{high if high is not None else ''}")
+            if value is not None and value < low:
+                raise ValueError(f"{key}={value} must be at least {low}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip={self.flip} is a probability")
+        for key, span in (("scale", self.scale), ("ratio", self.ratio)):
+            if len(span) != 2 or not 0 < span[0] <= span[1]:
+                raise ValueError(f"{key}={span} is two numbers above 0, the smaller first")
 
     def load(self) -> Data:
         """Read the data.

@@ -67,7 +67,7 @@ def _balanced(targets: Tensor, ids: Tensor, count: int, split: str, key: str) ->
 
     A smaller subset is part of a larger one; a class that runs out leaves its share to the others.
     """
-    if count > len(ids):
+    if not 1 <= count <= len(ids):
         what = f"{count} rows are asked for; the {split} split has {len(ids)}"
         raise Refused(Problem(what, key, "", f"{key}={len(ids)} at most, or null for all"))
     by_hash = torch.argsort(rng.bits(rng.key(WORLD_SEED, "subset"), ids), stable=True)

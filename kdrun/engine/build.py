@@ -77,10 +77,10 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     torch.manual_seed(rng.key(tree["seed"], "connectors"))
     context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
     connectors = objective.setup(context)
-    learner = Learner(student, connectors, objective, ranks).to(device=device, memory_format=memory_format)
+    learner = Learner(student, connectors, objective, ranks).to(device).to(memory_format=memory_format)
     objective.to(device)
     if isinstance(teacher, LiveTeacher):
-        teacher.module.to(device=device, memory_format=memory_format)
+        teacher.module.to(device).to(memory_format=memory_format)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     return Built(data, network, learner, teacher, objective, evaluation, memory_format, per_epoch, total_steps)
 

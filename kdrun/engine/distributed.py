@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,13 @@ class Ranks:
         return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
 
-def no_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are exchanged on the last micro-batch of a step only."""
-    if last:
-        return nullcontext()
-    if hasattr(module, "no_sync"):
-        return module.no_sync()  # DistributedDataParallel
-    return nullcontext()
+@contextmanager
+def synced(module: Any, last: bool) -> Iterator[None]:
+    """Gradients are exchanged over ranks on the last micro-batch of a step only."""
+    if isinstance(module, DistributedDataParallel):
+        with nullcontext() if last else module.no_sync():
+            yield
+    else:
+        if hasattr(module, "set_requires_gradient_sync"):
+            module.set_requires_gradient_sync(last)  # FSDP2
+        yield

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdrun.dataset.base import Data
+from kdrun.engine.distributed import Ranks
 from kdrun.teacher.live import LiveTeacher
-from kdrun.types import Needs, Teacher
+from kdrun.teacher.silent import NoTeacher
+from kdrun.types import Batch, Needs, Teacher
 
 BATCH = 500
 LOGITS = Needs(teacher_logits=True)
 
 
 class Evaluator:
-    """Measures networks; what the teacher says of a split is computed once and kept."""
+    """Measures networks; what the teacher says of a split is computed once and kept.
 
-    def __init__(self, data: Data, evaluation: Any, teacher: Teacher, device: torch.device) -> None:
+    Under several ranks each takes its share of a split, and all of them must call: the metrics are added up over ranks.
+    """
+
+    def __init__(self, data: Data, evaluation: Any, teacher: Teacher, device: torch.device, ranks: Ranks) -> None:
         self.data, self.evaluation, self.teacher = data, evaluation, teacher
-        self.device = device
+        self.device, self.ranks = device, ranks
         self._said: dict[str, list[Tensor]] = {}
         self.reads: dict[str, int] = {}  # how often each split was looked at
 
@@ -35,12 +40,17 @@ class Evaluator:
         network.eval()
         said = self._teacher_logits(split)
         meter = self.evaluation.meter(self.data.classes, self.device)
-        for i, batch in enumerate(self.data.batches(split, BATCH, self.device)):
+        for i, batch in enumerate(self.batches(split)):
             logits = network(batch.inputs)
             meter.update(logits.float(), batch.targets, said[i].to(self.device) if said else None)
         network.train(was)
         self.reads[split] = self.reads.get(split, 0) + 1
         return meter.compute()
+
+    def batches(self, split: str) -> Iterator[Batch]:
+        """This rank's rows of a split, in order, as evaluated."""
+        pieces = torch.arange(len(self.data.split(split))).split(BATCH)[self.ranks.rank :: self.ranks.world]
+        return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
     def measure_all(self, network: nn.Module) -> dict[str, dict[str, float]]:
         return {split: self.measure(network, split) for split in self.splits()}
@@ -49,32 +59,20 @@ class Evaluator:
         if self.teacher.spec is None:
             return []
         if split not in self._said:
-            signals = (self.teacher.signal(b, LOGITS) for b in self.data.batches(split, BATCH, self.device))
+            signals = (self.teacher.signal(b, LOGITS) for b in self.batches(split))
             self._said[split] = [s.logits.float().cpu() for s in signals if s.logits is not None]
         return self._said[split]
 
 
-def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.device) -> Mapping[str, float]:
+def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.device, ranks: Ranks) -> Mapping[str, float]:
     """The teacher's own metrics on the test split, measured here."""
-    bare = Evaluator(data, evaluation, _Silent(), device)
+    bare = Evaluator(data, evaluation, NoTeacher(), device, ranks)
     if isinstance(teacher, LiveTeacher):
         return bare.measure(_OwnInput(teacher), "test")
     meter = evaluation.meter(data.classes, device)
-    for batch in data.batches("test", BATCH, device):
+    for batch in bare.batches("test"):
         meter.update(teacher.signal(batch, LOGITS).logits.float(), batch.targets, None)  # type: ignore[union-attr]
     return meter.compute()
-
-
-class _Silent:
-    spec = None
-
-    def signal(self, batch: Any, needs: Needs) -> Any:
-        raise AssertionError("no teacher speaks here")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class _OwnInput(nn.Module):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from kdrun import rng
-from kdrun.engine.distributed import Ranks, no_sync
+from kdrun.engine.distributed import Ranks, synced
 from kdrun.engine.learner import Learner
+from kdrun.engine.shard import whole
 from kdrun.errors import RunFailed
 from kdrun.objective.base import Objective
 from kdrun.types import UNITS, Batch, Progress, Source, Teacher, Term
@@ -127,7 +128,7 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
     for i, (batch, signal) in enumerate(zip(group, signals, strict=True)):
         # Library randomness (dropout, stochastic depth) is keyed by the step too, so a resume repeats it.
         torch.manual_seed(rng.key(stage.seed, "forward", stage.name, stage.step, phase, i, stage.ranks.rank))
-        with no_sync(stage.forward, last=i == len(group) - 1):  # type: ignore[arg-type]
+        with synced(stage.forward, last=i == len(group) - 1):
             with autocast:
                 terms, keep = stage.forward(batch, signal, phase)
             loss = add_up(terms, weights, counts)
@@ -138,7 +139,7 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
             totals[name] = totals[name] + value if name in totals else value
         kept.append(keep)
     loss = sum((weights[n] * v for n, v in totals.items()), start=torch.zeros((), device=stage.device))
-    grad_norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm if stage.clip_norm is not None else math.inf)
+    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, stage.clip_norm if stage.clip_norm is not None else math.inf))
     stop_if_not_finite(stage, phase, group, loss, totals, grad_norm)
     optimizer.step()
     if stage.ema is not None:

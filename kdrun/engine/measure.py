@@ -33,7 +33,7 @@ def measure(composed: Composed, path: Path, home: Path | None, latency: bool) ->
     weights = load_student(built.network, built.learner, path)
     facts = load_known_teacher(composed, built, home)
     teacher = built.teacher if facts is not None else NoTeacher()
-    evaluator = Evaluator(data, built.evaluation, teacher, device)
+    evaluator = Evaluator(data, built.evaluation, teacher, device, Ranks())
     metrics = evaluator.measure_all(built.network)
     report: dict[str, Any] = {"weights": str(weights), "data": f"{data.name} ({data.fingerprint[:12]})", "metrics": metrics, "cost": {}}
     if facts:
@@ -89,4 +89,4 @@ def load_known_teacher(composed: Composed, built: Any, home: Path | None) -> dic
         if weights:
             load_weights(built.teacher.module, Path(weights), tree["teacher"].get("rename") or ())
     device = next(iter(built.learner.parameters())).device
-    return dict(teacher_score(built.data, built.evaluation, built.teacher, device))
+    return dict(teacher_score(built.data, built.evaluation, built.teacher, device, Ranks()))

@@ -27,7 +27,7 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
     try:
         return create_optimizer_v2(parameters, opt=optim["name"], **keys)
     except (ValueError, KeyError, AssertionError, TypeError) as error:
-        names = list_optimizers()
+        names = [str(n) for n in list_optimizers()]
         if optim["name"] not in names:
             raise Refused(Problem(f"timm has no optimiser named '{optim['name']}'", "optim.name", "", did_you_mean(optim["name"], names))) from error
         raise Refused(Problem(f"{optim['name']} refuses its settings: {error}", "optim", "", "set the ones it has no use for to null")) from error

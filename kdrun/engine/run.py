@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import nn
 
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data
@@ -52,7 +53,7 @@ def execute(composed: Composed, reporter: Reporter, folder: Path | None = None, 
     trained_by = teacher_stage(tree, data.fingerprint)
     teacher_facts: dict[str, Any] = {}
     if trained_by is None:
-        teacher_facts = load_teacher(tree, built, device)
+        teacher_facts = load_teacher(tree, built, device, ranks)
     folder = folder or run_folder(composed)
     if ranks.first and not resume:
         open_folder(folder, composed)
@@ -69,18 +70,19 @@ def train_student(
     composed: Composed, built: Built, teacher_facts: dict[str, Any], folder: Path, resume: bool, device: torch.device, ranks: Ranks, reporter: Reporter
 ) -> Result:
     tree = composed.tree
-    stage = make_stage(tree, built, device, ranks, "student", reporter)
     before = sha256_of(built.teacher.module) if isinstance(built.teacher, LiveTeacher) else None
     initial = sha256_of(built.network)
+    stage = make_stage(tree, built, device, ranks, "student", reporter)
     run = StageRun(tree, built, stage, folder, reporter)
     if ranks.first:
         write_json(folder / "provenance.json", provenance_of(composed, built, teacher_facts, initial, device, ranks))
     run.run(resume)
-    if before is not None and sha256_of(built.teacher.module) != before:  # type: ignore[union-attr]
+    if isinstance(built.teacher, LiveTeacher) and sha256_of(built.teacher.module) != before:
         raise CheckFailed("the teacher's weights or buffers changed during the run; it is not recorded")
-    summary = summarise(composed, built, run, teacher_facts, device)
+    student = run.exported()
+    summary = summarise(composed, student, run, teacher_facts, device)
     if ranks.first:
-        save_student(run.network(), folder / STUDENT_FILE, {"recipe": str(composed.recipe), "config_hash": composed.hash()})
+        save_student(student, folder / STUDENT_FILE, {"recipe": str(composed.recipe), "config_hash": composed.hash()})
         write_json(folder / SUMMARY, summary)
         plot_curves(folder)
     ranks.barrier()
@@ -102,16 +104,19 @@ def train_teacher(composed: Composed, spec: StageSpec, built: Built, device: tor
         else:
             resume = (folder / "checkpoints").is_dir()
             sub = Composed(dict(spec.tree), {}, dict(composed.choices), composed.recipe, list(composed.overrides), composed.config_dirs)
-            teacher_built = build(spec.tree, built.data, device, ranks)
+            # A teacher may have seen more than its student (fit: {dataset.subset: null}).
+            data = built.data if spec.tree["dataset"] == composed.tree["dataset"] else load_data(spec.tree)
+            teacher_built = build(spec.tree, data, device, ranks)
             if ranks.first and not resume:
                 open_folder(folder, sub)
             ranks.barrier()
             stage = make_stage(spec.tree, teacher_built, device, ranks, spec.name, reporter)
             run = StageRun(spec.tree, teacher_built, stage, folder, reporter)
             run.run(resume)
+            trained = run.exported()
             if ranks.first:
-                save_student(run.network(), folder / STUDENT_FILE, {"config_hash": sub.hash()})
-                write_json(folder / SUMMARY, summarise(sub, teacher_built, run, {}, device))
+                save_student(trained, folder / STUDENT_FILE, {"config_hash": sub.hash()})
+                write_json(folder / SUMMARY, summarise(sub, trained, run, {}, device))
             ranks.barrier()
     finally:
         if ranks.first:
@@ -121,7 +126,7 @@ def train_teacher(composed: Composed, spec: StageSpec, built: Built, device: tor
     return checked_claim(composed.tree, {"from": str(folder), "sha256": sha256_of(built.teacher.module), **summary["test"]})
 
 
-def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device) -> dict[str, Any]:
+def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """Load a given teacher's weights, measure it, hold it against what the recipe states. {} if there is none."""
     if built.teacher.spec is None:
         return {}
@@ -132,7 +137,7 @@ def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device) ->
         if tree["teacher"].get("checkpoint"):
             load_weights(built.teacher.module, source, tree["teacher"].get("rename") or (), key="teacher.checkpoint")
         digest = sha256_of(built.teacher.module)
-    measured = teacher_score(built.data, built.evaluation, built.teacher, device)
+    measured = teacher_score(built.data, built.evaluation, built.teacher, device, ranks)
     return checked_claim(tree, {"from": source, "sha256": digest, **measured})
 
 
@@ -164,18 +169,18 @@ def taints(composed: Composed) -> list[str]:
     return found
 
 
-def summarise(composed: Composed, built: Built, run: StageRun, teacher_facts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def summarise(composed: Composed, student: nn.Module, run: StageRun, teacher_facts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The run in one object: the number by its protocol, all metrics, what it cost."""
-    evaluation, last = built.evaluation, run.history[-1]
+    evaluation, last = run.built.evaluation, run.history[-1]
     value, how = reported(run.history, evaluation.protocol, evaluation.primary, evaluation.last_k)
     return {
         "recipe": composed.recipe, "folder": str(run.folder), "choices": composed.choices, "seed": composed.tree["seed"], "config_hash": composed.hash(),
         "metric": evaluation.primary, "value": value, "protocol": evaluation.protocol, "how": how,
         "test": last["test"], "validation": last["validation"], "test_reads": run.evaluator.reads.get("test", 0),
         "teacher": dict(teacher_facts), "tainted": taints(composed),
-        "steps": run.stage.step, "epochs": run.stage.step / built.steps_per_epoch,
+        "steps": run.stage.step, "epochs": run.stage.step / run.built.steps_per_epoch,
         "cost": {"seconds": run.seconds, "images_per_s": run.rate, "peak_memory_bytes": peak_memory_bytes(device), "hardware": provenance.hardware(device)},
-        "student": {"parameters": cost.parameters(built.network), "flops": cost.flops(built.network, built.data.input_shape)},
+        "student": {"parameters": cost.parameters(student), "flops": cost.flops(student, run.built.data.input_shape)},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

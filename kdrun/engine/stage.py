@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdrun.config.check import instantiate
-from kdrun.engine import loop, state
-from kdrun.engine.build import Built, allowed
+from kdrun.engine import loop, shard, state
+from kdrun.engine.build import Built, allowed, build_student_network
 from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
@@ -71,9 +71,7 @@ def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str
     elif normalisations and hardware["micro_batch"] is not None:
         reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
     if ranks.world > 1 and hardware["wrap"] == "fsdp2":
-        from kdrun.engine.shard import shard
-
-        return shard(learner, ranks, device)
+        return shard.shard(learner, ranks, device)
     forward: Any = learner
     if compiled:
         forward = torch.compile(learner)
@@ -91,7 +89,7 @@ class StageRun:
         self.tree, self.built, self.stage, self.folder, self.reporter = tree, built, stage, folder, reporter
         first = stage.ranks.first
         self.metrics = MetricsFile(folder, active=first)
-        self.evaluator = Evaluator(built.data, built.evaluation, built.teacher, stage.device)
+        self.evaluator = Evaluator(built.data, built.evaluation, built.teacher, stage.device, stage.ranks)
         self.history: list[dict[str, Any]] = []
         self.checkpoints = folder / "checkpoints"
         per_epoch = built.steps_per_epoch
@@ -150,21 +148,32 @@ class StageRun:
         """The network that counts: the moving average if there is one."""
         return self.stage.ema.module if self.stage.ema is not None else self.built.network  # type: ignore[return-value]
 
+    def exported(self) -> nn.Module:
+        """The network that counts, whole, on this process: what is saved for others. A collective where it is sharded."""
+        if not shard.is_sharded(self.stage.learner):
+            return self.network()
+        whole = build_student_network({**self.tree, "student": {**self.tree["student"], "checkpoint": None}}, self.built.data)
+        weights = shard.full_weights(self.built.network)
+        if weights:  # the first rank's
+            whole.load_state_dict(weights)
+        return whole
+
     def evaluate(self, step: int) -> None:
         loop.assert_healthy(self.stage)
         epoch = step / self.built.steps_per_epoch
-        if self.stage.ranks.first:
-            results = self.evaluator.measure_all(self.network())
-            self.history.append({"step": step, "epoch": epoch, "validation": results.get("validation"), "test": results.get("test")})
-            for split, values in results.items():
-                self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(epoch, 4), "split": split, **values})
-            self.reporter.evaluated(self.stage.name, epoch, results)
-        self.stage.ranks.barrier()
+        results = self.evaluator.measure_all(self.network())
+        self.history.append({"step": step, "epoch": epoch, "validation": results.get("validation"), "test": results.get("test")})
+        for split, values in results.items():
+            self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(epoch, 4), "split": split, **values})
+        self.reporter.evaluated(self.stage.name, epoch, results)
 
     def save(self, step: int) -> None:
         loop.assert_healthy(self.stage)
-        if step != self._last_saved and self.stage.ranks.first:
-            state.save(self.checkpoints, step, self.state_dict(), self.tree["run"]["keep"])
+        if step == self._last_saved:
+            return
+        content = self.state_dict()  # on every rank: shards are gathered here
+        if self.stage.ranks.first:
+            state.save(self.checkpoints, step, content, self.tree["run"]["keep"])
             self._measure_rate(step)
             self.metrics.write_timing({"step": step, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)})
         self._last_saved = step
@@ -172,8 +181,9 @@ class StageRun:
 
     def state_dict(self) -> dict[str, Any]:
         s = self.stage
+        learner = shard.full_weights(s.learner) if shard.is_sharded(s.learner) else s.learner.state_dict()
         return {
-            "learner": s.learner.state_dict(), "optimizers": {k: o.state_dict() for k, o in s.optimizers.items()},
+            "learner": learner, "optimizers": {k: shard.optimizer_state(s.learner, o) for k, o in s.optimizers.items()},
             "ema": s.ema.state_dict() if s.ema is not None else None, "objective": s.objective.state_dict(),
             "source": s.source.state_dict(), "teacher": s.teacher.state_dict(), "history": self.history,
             "reads": self.evaluator.reads, "metrics_offset": self.metrics.offset(), "seconds": self.seconds,
@@ -189,9 +199,9 @@ class StageRun:
         for remark in remarks:
             self.reporter.note(remark)
         s = self.stage
-        s.learner.load_state_dict(saved["learner"])
+        shard.load_weights(s.learner, saved["learner"])
         for phase, optimizer in s.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][phase])
+            shard.load_optimizer(s.learner, optimizer, saved["optimizers"][phase])
         if s.ema is not None:
             s.ema.load_state_dict(saved["ema"])
         s.objective.load_state_dict(saved["objective"])

@@ -20,9 +20,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from kdrun.errors import Problem, Refused, RunFailed, did_you_mean
 from kdrun.evaluation.protocol import Protocol
 
-# Comparisons held at once by `pair_order_share`: 16 MiB of booleans, whatever the batch.
-_PAIRS_AT_ONCE = 2**24
-
 
 @dataclass(eq=False)
 class Classification:
@@ -177,18 +174,20 @@ def pair_order_share(logits: Tensor, teacher_logits: Tensor, targets: Tensor) ->
     """The share of pairs of non-target classes that the student ranks as the teacher, of each sample, in [0, 1].
 
     Shapes [B, C], [B, C], [B] -> [B]; C must be at least 3. A pair that either of them ties counts half, so that the
-    value is (1 + Kendall's tau-a) / 2 and 1/2 is chance. Time O(B C^2), memory O(C^2).
+    value is (1 + Kendall's tau-a) / 2 and 1/2 is chance. Time O(B C^2), memory O(B C).
     """
     classes = logits.shape[1]
     others = torch.arange(classes - 1, device=logits.device)
     index = others + (others >= targets[:, None])
-    student, teacher = logits.gather(1, index), teacher_logits.gather(1, index)
-    rows = max(1, _PAIRS_AT_ONCE // classes**2)
-    balance = torch.cat([_concordant_minus_discordant(s, t) for s, t in zip(student.split(rows), teacher.split(rows), strict=True)])
-    return 0.5 + 0.5 * balance.to(torch.float64) / math.comb(classes - 1, 2)
+    student, teacher = _ranks(logits.gather(1, index)), _ranks(teacher_logits.gather(1, index))
+    balance = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # concordant minus discordant pairs
+    for apart in range(1, classes - 1):
+        # All pairs of entries so far apart, at once: the C x C comparisons of a sample never exist together.
+        gaps = (student[:, apart:] - student[:, :-apart]) * (teacher[:, apart:] - teacher[:, :-apart])
+        balance += gaps.sign_().sum(dim=1)
+    return 0.5 + 0.5 * balance / math.comb(classes - 1, 2)
 
 
-def _concordant_minus_discordant(a: Tensor, b: Tensor) -> Tensor:
-    """[B, K], [B, K] -> [B]. Compared, not subtracted: two classes at -inf are a tie and not NaN."""
-    a_above, b_above = a[:, :, None] > a[:, None, :], b[:, :, None] > b[:, None, :]
-    return (a_above & b_above).sum(dim=(1, 2)) - (a_above & b_above.mT).sum(dim=(1, 2))
+def _ranks(logits: Tensor) -> Tensor:
+    """[B, K] -> [B, K] float32, equal for equal logits. Their differences are finite where those of -inf logits are not."""
+    return torch.searchsorted(logits.sort(dim=1).values, logits).to(torch.float32)

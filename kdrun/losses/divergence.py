@@ -51,16 +51,21 @@ def nontarget_divergence(student: Tensor, teacher: Tensor, targets: Tensor, temp
 def _log_binary(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log (p_y, 1 - p_y), [B, 2]. The complement is a logsumexp of log-probabilities: 1 - p_y would cancel to 0."""
     log_p = F.log_softmax(widen(logits) / temperature, -1)
-    return torch.stack([log_p.gather(-1, targets[:, None]).squeeze(-1), _without_target(log_p, targets).logsumexp(-1)], -1)
+    rest, empty = _without_target(log_p, targets)
+    return torch.cat([log_p.gather(-1, targets[:, None]), rest.logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)], -1)
 
 
 def _log_nontarget(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """log-probabilities [B, C] over the classes other than y, with -inf at y."""
-    rest = _without_target(widen(logits) / temperature, targets)
-    # Where every other class is excluded too there is no distribution, and normalising would give NaN: all stay at -inf.
+    rest, empty = _without_target(widen(logits) / temperature, targets)
+    return F.log_softmax(rest, -1).masked_fill(empty, -torch.inf)
+
+
+def _without_target(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` [B, C] with -inf at the target, and the rows [B, 1] in which nothing else is left.
+
+    Such a row is all 0 instead: over -inf alone, normalising gives NaN gradients, which no later mask removes.
+    """
+    rest = x.scatter(-1, targets[:, None], -torch.inf)
     empty = (rest == -torch.inf).all(-1, keepdim=True)
-    return F.log_softmax(rest.masked_fill(empty, 0.0), -1).masked_fill(empty, -torch.inf)
-
-
-def _without_target(x: Tensor, targets: Tensor) -> Tensor:
-    return x.scatter(-1, targets[:, None], -torch.inf)
+    return rest.masked_fill(empty, 0.0), empty

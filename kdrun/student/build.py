@@ -8,7 +8,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -50,6 +50,22 @@ def _import(words: list[str], key: str) -> Any:
     return found
 
 
+def _is_network(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, nn.Module)
+
+
+def _gives_network(function: Callable[..., Any]) -> bool:
+    """Whether a function declares that it returns a network, or is a class method of one.
+
+    Asked of the libraries, which have functions that a configuration must not call: torch.load, torch.hub.load, downloaders.
+    """
+    try:
+        returned = get_type_hints(function).get("return")
+    except (NameError, TypeError):  # a builtin, or annotations that cannot be read
+        returned = None
+    return _is_network(returned) or _is_network(getattr(function, "__self__", None))
+
+
 def resolve(target: Any, allowed: Collection[str], key: str) -> Callable[..., Any]:
     """The class, function or class method that `_target_` names.
 
@@ -67,10 +83,7 @@ def resolve(target: Any, allowed: Collection[str], key: str) -> Callable[..., An
     if home not in allowed:
         what = f"{target} comes from {home}, outside the packages that may be named: {', '.join(allowed)}"
         raise Refused(Problem(what, key=key, remedy="name a network by the module that defines it"))
-    # torch itself has network classes only: its functions (torch.load, torch.hub.load) would run code from files or the net.
-    network_class = inspect.isclass(found) and issubclass(found, nn.Module)
-    factory = inspect.isroutine(found) and home != "torch"
-    if not (network_class or factory):
+    if not (_is_network(found) or (inspect.isroutine(found) and (home not in ALLOWED or _gives_network(found)))):
         what = f"{target} is no torch.nn.Module class and no function that builds one"
         within = did_you_mean(words[-1], _members(found)) if isinstance(found, ModuleType) else ""
         raise Refused(Problem(what, key=key, remedy=within or "name a class derived from torch.nn.Module, or a function that returns one"))

@@ -30,10 +30,9 @@ def networks() -> dict[str, Callable[..., nn.Module]]:
 
 
 def _variants(factory: Callable[..., nn.Module]) -> Iterator[dict[str, object]]:
-    for in_channels in (3, 1):
-        yield {"in_channels": in_channels}
-        if "shortcut" in inspect.signature(factory).parameters:
-            yield {"in_channels": in_channels, "shortcut": "pad"}
+    yield {}
+    if "shortcut" in inspect.signature(factory).parameters:
+        yield {"shortcut": "pad"}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> Counter[tuple[int, ...]]:
@@ -49,9 +48,12 @@ def fitting(state: Mapping[str, Tensor]) -> list[str]:
     fits = []
     for name, factory in networks().items():
         for kwargs in _variants(factory):
-            with torch.device("meta"):
-                candidate = factory(num_classes=heads[0][0], **kwargs)
-            if _shapes(candidate.state_dict()) == wanted:
-                said = ", ".join(f"{key}={value}" for key, value in kwargs.items() if key != "in_channels" or value != 3)
-                fits.append(f"{name}({said})" if said else name)
+            for channels in ({}, {"in_channels": 1}):
+                with torch.device("meta"):
+                    shapes = _shapes(factory(num_classes=heads[0][0], **kwargs, **channels).state_dict())
+                if shapes == wanted:
+                    said = ", ".join(f"{key}={value}" for key, value in (kwargs | channels).items())
+                    fits.append(f"{name}({said})" if said else name)
+                if shapes.total() != wanted.total():  # another stem would not help
+                    break
     return fits

@@ -17,7 +17,7 @@ class LiveTeacher:
     def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
         self.module = module.eval().requires_grad_(False)
         # Law 6: nothing may put the teacher into training mode, not even a parent's train().
-        self.module.train = lambda mode=True: self.module  # type: ignore[method-assign,assignment]
+        self.module.train = lambda mode=True: self.module  # type: ignore[method-assign]
         self.spec: ModelSpec | None = spec
         self.forward: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = module
         self._affine = affine

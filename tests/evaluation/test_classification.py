@@ -93,11 +93,9 @@ def test_pair_order_is_kendalls_tau_on_the_unit_interval() -> None:
     assert pair_order_share(student, teacher, targets).tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_pair_order_does_not_depend_on_how_its_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    student, targets, teacher = sample()
-    whole = pair_order_share(student, teacher, targets)
-    monkeypatch.setattr("kdrun.evaluation.classification._PAIRS_AT_ONCE", 1)
-    assert torch.equal(pair_order_share(student, teacher, targets), whole)
+def test_pair_order_counts_two_excluded_classes_as_a_tie() -> None:
+    student, teacher = torch.tensor([[9.0, 1, 2, 3]]), torch.tensor([[9.0, -math.inf, -math.inf, 1]])
+    assert pair_order_share(student, teacher, torch.tensor([0])).tolist() == pytest.approx([2.5 / 3], abs=1e-15)
 
 
 def test_pair_order_ignores_the_target_and_any_rising_transform() -> None:

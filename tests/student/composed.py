@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml") if not file.name.startswith("_"))
 
 
-def node(group: str, name: str, *overrides: str) -> dict[str, Any]:
+@functools.cache
+def _composed(group: str, name: str, *overrides: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(overrides=[f"+{group}={name}", *overrides])
-    plain = OmegaConf.to_container(config[group], resolve=True, throw_on_missing=False)
-    assert isinstance(plain, dict)
-    return plain
+    return OmegaConf.to_container(config[group], resolve=True, throw_on_missing=False)
+
+
+def node(group: str, name: str, *overrides: str) -> dict[str, Any]:
+    return copy.deepcopy(_composed(group, name, *overrides))

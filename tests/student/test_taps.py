@@ -67,6 +67,8 @@ def test_compiled_taps_equal_eager_taps(name: str) -> None:
     x = torch.randn(4, *shape)
     logits, taps, grads = gradients(tapped, x)
     logits_c, taps_c, grads_c = gradients(compiled, x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x)
     assert set(taps_c) == set(taps) == set(chosen["taps"])
     assert torch.equal(logits_c, logits)
     assert all(torch.equal(taps_c[tap], taps[tap]) for tap in taps)

@@ -1,0 +1,164 @@
+"""What a run will cost, from its configuration alone: shapes, memory, steps and time, with a probe of a few real steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdrun.config.compose import Composed
+from kdrun.dataset.base import Data, Request, Split
+from kdrun.engine import loop, provenance
+from kdrun.engine.build import Built, build, load_data
+from kdrun.engine.device import pick_device, set_up
+from kdrun.engine.distributed import Ranks
+from kdrun.engine.report import Reporter
+from kdrun.engine.stage import make_stage
+from kdrun.evaluation import cost
+from kdrun.plan.single import teacher_stage
+from kdrun.student.taps import model_spec
+from kdrun.student.weights import bare
+from kdrun.teacher.live import LiveTeacher
+
+PROBE_STEPS = 3
+PROBE_FLOPS = 3e10  # of one probed step: seconds on a CPU core, nothing on a GPU
+
+
+class _StandIn:
+    """Rows of the right shape and number without their content."""
+
+    prefetches = False
+
+    def __init__(self, rows: int, shape: tuple[int, ...]) -> None:
+        self.rows, self.shape = rows, shape
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def fetch(self, request: Request, device: torch.device) -> Tensor:
+        return torch.randn(len(request.positions), *self.shape, device=device)
+
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]:
+        for request in requests:
+            yield request, self.fetch(request, device)
+
+    def digest(self, into: Any) -> None:
+        into.update(repr(self.shape).encode())
+
+
+def stand_in(node: Mapping[str, Any]) -> Data | None:
+    """The data set's outside, from its stated sizes; None where they are not stated and it must be loaded."""
+    sizes, shape, classes = node.get("sizes"), node.get("input_shape"), node.get("classes")
+    if not sizes or not shape or not classes:
+        return None
+    train = int(node.get("subset") or sizes["train"])
+    splits, first = {}, 0
+    for name, rows in (("train", train), ("test", int(node.get("subset_test") or sizes["test"]))):
+        splits[name] = Split(_StandIn(rows, tuple(shape)), torch.arange(rows) % classes, torch.arange(first, first + rows))
+        first += rows
+    return Data(str(node["name"]), tuple(map(str, range(classes))), tuple(shape), tuple(node["mean"]), tuple(node["std"]), splits, first)
+
+
+def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
+    """Parameters, FLOPs, taps, steps, memory and (with `probe`) seconds, as plain data. Raises `Refused` as the run would."""
+    tree = dict(composed.tree)
+    # Weights cost no time here and may need a network; the outside of a model is the same without them.
+    tree["teacher"] = {**tree["teacher"], **({"pretrained": False} if "pretrained" in tree["teacher"] else {})}
+    tree["student"] = {**tree["student"], **({"pretrained": False} if "pretrained" in tree["student"] else {})}
+    device = pick_device(tree["hardware"])
+    set_up(tree["hardware"], device)
+    data = stand_in(tree["dataset"]) or load_data(tree)
+    built = build(tree, data, device, Ranks())
+    needs = built.objective.needs()
+    models = {"student": _model(built.network, data)}
+    taps = {f"student {n}": list(s) for n, s in model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps).taps.items()}
+    if isinstance(built.teacher, LiveTeacher) and built.teacher.spec is not None:
+        models["teacher"] = _model(bare(built.teacher.module), data)
+        taps |= {f"teacher {n}": list(s) for n, s in built.teacher.spec.taps.items()}
+    batch = int(tree["source"]["batch_size"])
+    micro = tree["hardware"]["micro_batch"] or batch
+    micro = max(micro) if isinstance(micro, list) else min(int(micro), batch)
+    document: dict[str, Any] = {
+        "title": f"{composed.recipe or 'run'}: {composed.choices['objective']}, {composed.choices['teacher']} -> {composed.choices['student']} on {data.name}",
+        "models": models, "taps": taps, "steps_per_epoch": built.steps_per_epoch, "total_steps": built.total_steps, "batch": batch, "micro_batch": micro,
+        "teacher_is_trained_first": teacher_stage(composed.tree, data.fingerprint) is not None,
+    }
+    if probe:
+        document |= _probe(tree, built, models, micro, device)
+    document["facts"] = _facts(document, composed, len(data.splits["train"]))
+    return document
+
+
+def _model(network: torch.nn.Module, data: Data) -> dict[str, Any]:
+    return {"parameters": cost.parameters(network), "flops": cost.flops(network, data.input_shape), "output": f"[B, {data.classes}]"}
+
+
+def _probe(tree: Mapping[str, Any], built: Built, models: Mapping[str, Mapping[str, Any]], micro: int, device: torch.device) -> dict[str, Any]:
+    """Real steps on random inputs of a size that this machine does in seconds; memory and time scale with the samples."""
+    per_sample = 3 * models["student"]["flops"] + models.get("teacher", {"flops": 0})["flops"]
+    samples = max(2, min(micro, len(built.data.splits["train"]), int(PROBE_FLOPS / max(1, per_sample))))
+    small = {**tree, "source": {**tree["source"], "batch_size": samples}, "hardware": {**tree["hardware"], "micro_batch": None, "compile": "off"}}
+    stage = make_stage(small, built, device, Ranks(), "student", Reporter())
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in stage.learner.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loop.train_step(stage, _NoHooks())
+    activations = sum(size for pointer, size in saved.items() if pointer not in weights) / samples
+    started = time.perf_counter()
+    for _ in range(PROBE_STEPS):
+        loop.train_step(stage, _NoHooks())
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / PROBE_STEPS / samples
+    states = [v for o in stage.optimizers.values() for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
+    memory = {
+        "weights and gradients": 2 * _bytes(list(stage.learner.parameters())), "optimiser state": _bytes(states),
+        "teacher": _bytes(list(built.teacher.module.parameters())) if isinstance(built.teacher, LiveTeacher) else 0,
+        "activations": int(activations * micro),
+    }
+    return {"memory_bytes": memory, "seconds_per_sample": seconds, "probe_samples": samples, "machine": provenance.hardware(device)}
+
+
+def _bytes(tensors: list[Any]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _NoHooks:
+    def logged(self, step: int, record: dict[str, Any]) -> None: ...
+    def step_done(self, step: int) -> None: ...
+    def stop_requested(self) -> bool:
+        return False
+
+
+def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dict[str, str]:
+    """The estimate in words."""
+    steps, epochs = document["total_steps"], composed.tree["optim"]["epochs"]
+    found = {"schedule": f"{epochs:g} epochs of {document['steps_per_epoch']} steps of {document['batch']} samples: {steps:,} steps"}
+    if document["teacher_is_trained_first"]:
+        found["teacher"] = "has no checkpoint: it is trained first by the same loop (once, then kept)"
+    if "memory_bytes" in document:
+        parts = document["memory_bytes"]
+        shown = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items() if size)
+        found["memory"] = f"{sum(parts.values()) / 2**20:,.0f} MiB ({shown}; micro-batch of {document['micro_batch']}), beside torch itself and the data"
+        seconds = document["seconds_per_sample"] * samples * epochs
+        found["time"] = f"{_duration(seconds)} for the student on {document['machine']} (probed with {document['probe_samples']} samples a step; evaluation not counted)"
+    seeds = composed.tree["run"]["seeds"] or [composed.tree["seed"]]
+    arms = 1 + (len(composed.tree["rivals"]) if composed.tree["run"]["rivals"] else 0)
+    if len(seeds) * arms > 1:
+        found["runs"] = f"{len(seeds) * arms} ({arms} arms, {len(seeds)} seeds)"
+    return found
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
