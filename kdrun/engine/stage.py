@@ -89,7 +89,9 @@ class StageRun:
         self.tree, self.built, self.stage, self.folder, self.reporter = tree, built, stage, folder, reporter
         first = stage.ranks.first
         self.metrics = MetricsFile(folder, active=first)
-        self.evaluator = Evaluator(built.data, built.evaluation, built.teacher, stage.device, stage.ranks)
+        # A sharded student's forward is a collective: every rank must run every batch. The metrics are the same.
+        share = Ranks() if shard.is_sharded(stage.learner) else stage.ranks
+        self.evaluator = Evaluator(built.data, built.evaluation, built.teacher, stage.device, share)
         self.history: list[dict[str, Any]] = []
         self.checkpoints = folder / "checkpoints"
         per_epoch = built.steps_per_epoch

@@ -106,9 +106,6 @@ class CRD(Objective):
             }
         )
 
-    def units(self) -> tuple[str, ...]:
-        return ("sample",)
-
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": self.ce_weight, "contrast": self.beta, "kd": self.kd_weight}
 

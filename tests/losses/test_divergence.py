@@ -26,6 +26,13 @@ def test_cross_entropy_is_per_sample() -> None:
     torch.testing.assert_close(cross_entropy(logits, torch.tensor([0, 2])), expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cross_entropy_of_half_precision_logits_is_float32(dtype: torch.dtype) -> None:
+    logits, y = torch.tensor([[1.0, 2, 0.5]], dtype=dtype), torch.tensor([0])
+    assert cross_entropy(logits, y).dtype == torch.float32
+    assert cross_entropy(logits, y).item() == pytest.approx(1.464369, abs=1e-6)
+
+
 def test_kl_matches_its_definition_for_any_leading_shape() -> None:
     g = torch.Generator().manual_seed(0)
     s, t = (torch.randn(2, 3, 5, generator=g, dtype=torch.float64) for _ in range(2))
