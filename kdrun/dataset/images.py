@@ -56,6 +56,7 @@ class ImageData:
     validation: float = 0.0
     subset: int | None = None
     subset_test: int | None = None
+    sizes: dict[str, int] | None = None  # rows of the published splits, so that a run can be planned where the data are not
 
     def __post_init__(self) -> None:
         check_splits(self.splits, self.validation)
