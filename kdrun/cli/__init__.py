@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -11,6 +12,8 @@ def main() -> None:
     from kdrun.cli.console import complain
     from kdrun.errors import EXIT_FAILED, KdrunError
 
+    # A model or objective of one's own may lie in the current folder; at the end of the path it shadows nothing.
+    sys.path.append(os.getcwd())
     try:
         app(prog_name="kdrun")
     except KdrunError as error:

@@ -40,6 +40,8 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
     listed = compare.jobs(composed, folder)
     # One process and one data set for all arms that agree on it; ranks and clusters load their own.
     data = load_data(composed.tree) if composed.tree["hardware"]["kind"] == "local" else None
+    if data is not None:
+        compare.try_out(listed, composed, data)
     if not resume:
         open_folder(folder, composed)
     for number, job in enumerate(listed, 1):
@@ -49,7 +51,8 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
         reporter.note(f"[{number}/{len(listed)}] {job.arm}, seed {job.seed}")
         same = job.composed.tree["dataset"] == composed.tree["dataset"]
         launch(job.composed, reporter, job.folder, resume=(job.folder / "checkpoints").is_dir(), data=data if same else None)
-        compare.write_comparison(folder, listed, reporter)
+        compare.write_comparison(folder, listed)
+        reporter.brief = True
     document = assess(composed, listed, folder)
     write_json(folder / SUMMARY, document)
     if composed.tree["run"]["ledger"]:

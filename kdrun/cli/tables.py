@@ -26,7 +26,8 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
         return
     tree, metric = composed.tree, summary["metric"]
     paper = tree["scale"] == "paper"
-    table = Table(title=f"{composed.recipe or 'run'}, seed {summary['seed']}: {metric} ({summary['how']})", title_justify="left")
+    console.print(f"\n[bold]{composed.recipe or 'run'}[/], seed {summary['seed']}: {metric} ({summary['how']})", soft_wrap=True)
+    table = Table()
     for heading in ("", "measured", *(["published", "difference", "from"] if paper else [])):
         table.add_column(heading, justify="left" if heading in ("", "from") else "right")
     rows = [(f"{composed.choices['objective']} ({composed.choices['student']})", summary["value"], lookup(tree["published"], composed.choices, composed.choices["objective"]))]
@@ -53,7 +54,8 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
     """The end of a comparison: every arm with its interval, differences to the method paired by seed, claims, verdict."""
     metric, method = document["metric"], document["method"]
     n = len(document["seeds"])
-    table = Table(title=f"{document['recipe']} ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", title_justify="left")
+    console.print(f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", soft_wrap=True)
+    table = Table()
     table.add_column("arm")
     for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
         table.add_column(heading, justify="right")
@@ -88,9 +90,9 @@ def _published_elsewhere(console: Console, composed: Composed) -> None:
         return
     for table in composed.tree["published"]:
         for row in table["rows"]:
-            where = ", ".join(str(c).partition("=")[2] for c in row.get("if", []))
+            where = ", ".join([*(str(c).partition("=")[2] for c in row.get("if", [])), table["table"]])
             cells = " ".join(f"{k} {v[0] if isinstance(v, list) else v}" for k, v in row.items() if k != "if")
-            console.print(f"published, another setting ({escape(where)}; {escape(table['table'])}): {escape(cells)}", soft_wrap=True)
+            console.print(f"published, another setting ({escape(where)}): {escape(cells)}", soft_wrap=True)
 
 
 def _next_commands(console: Console, composed: Composed, document: dict[str, Any]) -> None:

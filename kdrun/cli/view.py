@@ -48,22 +48,24 @@ class PlainReporter(Reporter):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._last_line = 0.0
-        self._last_note = ""
-        self._total = 0
+        self._said: set[str] = set()
+        self._total = self._batch = 0
 
     def note(self, text: str) -> None:
-        if text != self._last_note:  # the same decision is said once
-            self._last_note = text
+        if text not in self._said:  # the same decision is said once
+            self._said.add(text)
             self.console.print(escape(text), soft_wrap=True)
 
     def run_started(self, title: str, folder: Path, facts: Mapping[str, str]) -> None:
+        if self.brief:
+            return
         self.console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
         for name, fact in facts.items():
             self.console.print(f"  {name:<9}{escape(fact)}", soft_wrap=True)
         self.console.print(f"  {'folder':<9}{escape(str(folder))}", soft_wrap=True)
 
     def stage_started(self, name: str, step: int, total_steps: int, steps_per_epoch: int, batch_size: int) -> None:
-        self._total = total_steps
+        self._total, self._batch = total_steps, batch_size
         if step:
             self.console.print(f"{name}: goes on at step {step} of {total_steps}")
 
@@ -72,16 +74,16 @@ class PlainReporter(Reporter):
             return
         self._last_line = time.monotonic()
         rate = record.get("images_per_s")
-        speed = f"  {rate:,.0f}/s  ETA {_eta(self._total - step, rate, record)}" if rate else ""
+        speed = f"  {rate:,.0f}/s  ETA {_clock((self._total - step) * self._batch / rate)}" if rate else ""
         self.console.print(f"{name} step {step}/{self._total}  loss {record['loss']:.4f}  {terms_text(record)}  lr {record['lr']:.3g}{speed}", soft_wrap=True)
 
     def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
         self.console.print(f"{name} epoch {epoch:.4g}  {metrics_text(results)}", soft_wrap=True)
 
 
-def _eta(steps: int, rate: float, record: Mapping[str, Any]) -> str:
-    seconds = steps * record.get("batch", 0) / rate if record.get("batch") else None
-    return "?" if seconds is None else f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 class LiveReporter(PlainReporter):

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdrun.config.check import check
 from kdrun.config.compose import Composed, compose
+from kdrun.dataset.base import Data
+from kdrun.engine.build import build
+from kdrun.engine.distributed import Ranks
 from kdrun.engine.records import SUMMARY, read_json, write_json
-from kdrun.engine.report import Reporter
 from kdrun.errors import Problem, Refused
 
 COMPARISON = "comparison.json"
@@ -73,6 +77,20 @@ def _arm(composed: Composed, extra: list[str], seed: int) -> Composed:
     return arm
 
 
+def try_out(listed: list[Job], composed: Composed, data: Data) -> None:
+    """Build every arm once and throw it away: what cannot fit together is refused before the first arm has cost anything."""
+    problems: list[Problem] = []
+    first = {job.arm: job for job in reversed(listed)}
+    for arm, job in first.items():
+        if job.composed.tree["dataset"] == composed.tree["dataset"]:
+            try:
+                build(job.composed.tree, data, torch.device("cpu"), Ranks())
+            except Refused as refused:
+                problems += [Problem(p.what, p.key, p.where or f"arm {arm}", p.remedy) for p in refused.problems]
+    if problems:
+        raise Refused(problems)
+
+
 def results(listed: list[Job]) -> dict[str, dict[str, dict[int, float]]]:
     """arm -> metric -> seed -> value, of the runs that are done. The primary metric is the one by protocol."""
     table: dict[str, dict[str, dict[int, float]]] = {}
@@ -90,7 +108,7 @@ def finished(listed: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
             yield job, read_json(job.folder / SUMMARY)
 
 
-def write_comparison(folder: Path, listed: list[Job], reporter: Reporter) -> None:
+def write_comparison(folder: Path, listed: list[Job]) -> None:
     """The comparison's own record, rewritten after every job."""
     rows = [{"arm": j.arm, "seed": j.seed, "folder": str(j.folder.relative_to(folder)), "done": (j.folder / SUMMARY).is_file()} for j in listed]
     write_json(folder / COMPARISON, {"jobs": rows, "results": results(listed)})

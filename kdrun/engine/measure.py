@@ -14,9 +14,8 @@ from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator, teacher_score
 from kdrun.engine.records import SUMMARY, read_json
-from kdrun.engine.run import STUDENT_FILE
+from kdrun.engine.run import STUDENT_FILE, cost_of
 from kdrun.errors import Problem, Refused
-from kdrun.evaluation import cost
 from kdrun.plan.single import teacher_stage
 from kdrun.student.weights import bare, load_weights
 from kdrun.teacher.live import LiveTeacher
@@ -42,9 +41,7 @@ def measure(composed: Composed, path: Path, home: Path | None, latency: bool) ->
     if isinstance(teacher, LiveTeacher):
         networks["teacher"] = bare(teacher.module)
     for name, network in networks.items():
-        report["cost"][name] = {"parameters": cost.parameters(network), "flops": cost.flops(network, data.input_shape)}
-        if latency:
-            report["cost"][name] |= cost.latency(network, data.input_shape)
+        report["cost"][name] = cost_of(network, data.input_shape, latency)
     return report
 
 
@@ -58,6 +55,9 @@ def load_student(network: nn.Module, learner: nn.Module, path: Path) -> Path:
     folder = path if (path / state.STATE).is_file() else None
     if folder is None:
         found = state.newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        arms = sorted(path.glob(f"arms/*/*/{STUDENT_FILE}"))
+        if found is None and arms:
+            raise Refused(Problem("this is a comparison of several runs", "", str(path), f"choose one: kdrun eval {arms[0].parent}"))
         if found is None:
             raise Refused(Problem("there is no finished student and no whole checkpoint here", "", str(path), f"kdrun resume {path}"))
         saved = found[1]

@@ -8,7 +8,9 @@ from typing import Any
 
 
 class Reporter:
-    """Receives events; every method may be overridden."""
+    """Receives events; every method may be overridden. `brief`: one of many runs of one comparison; say less."""
+
+    brief = False
 
     def note(self, text: str) -> None:
         """A decision or a fact worth a line."""

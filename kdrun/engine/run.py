@@ -180,9 +180,15 @@ def summarise(composed: Composed, student: nn.Module, run: StageRun, teacher_fac
         "teacher": dict(teacher_facts), "tainted": taints(composed),
         "steps": run.stage.step, "epochs": run.stage.step / run.built.steps_per_epoch,
         "cost": {"seconds": run.seconds, "images_per_s": run.rate, "peak_memory_bytes": peak_memory_bytes(device), "hardware": provenance.hardware(device)},
-        "student": {"parameters": cost.parameters(student), "flops": cost.flops(student, run.built.data.input_shape)},
+        "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def cost_of(network: nn.Module, input_shape: tuple[int, ...], latency: bool) -> dict[str, Any]:
+    """Parameters, FLOPs of one sample and, if asked for, milliseconds of one sample on this machine."""
+    found: dict[str, Any] = {"parameters": cost.parameters(network), "flops": cost.flops(network, input_shape)}
+    return found | (cost.latency(network, input_shape) if latency else {})
 
 
 def provenance_of(composed: Composed, built: Built, teacher_facts: Mapping[str, Any], initial: str, device: torch.device, ranks: Ranks) -> dict[str, Any]:
