@@ -32,6 +32,14 @@ def _console(stderr: bool) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
 
 
+def count(number: float) -> str:
+    """A large number with its prefix: 4736 -> 4.7 k, 354_100_000 -> 354.1 M."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {prefix}"
+    return f"{number:g}"
+
+
 def print_json(value: Any) -> None:
     """One machine-readable object on standard output."""
     print(json.dumps(value, indent=2, default=str))

@@ -54,7 +54,7 @@ def evaluate(
 def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from kdrun.cli.console import out
+    from kdrun.cli.console import count, out
 
     console = out()
     console.print(f"[bold]{report['weights']}[/] on {report['data']}", soft_wrap=True)
@@ -71,5 +71,5 @@ def _show(report: dict[str, Any]) -> None:
         costs.add_column(column, justify="left" if not column else "right")
     for name, row in report["cost"].items():
         time = f"{row['median_ms']:.2f} ms" if "median_ms" in row else ""
-        costs.add_row(name, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f} M", time)
+        costs.add_row(name, f"{row['parameters']:,}", count(row["flops"]), time)
     console.print(costs)

@@ -35,7 +35,7 @@ def plan(
 def _show(document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from kdrun.cli.console import out
+    from kdrun.cli.console import count, out
 
     console = out()
     console.print(f"[bold]{document['title']}[/]", soft_wrap=True)
@@ -43,7 +43,7 @@ def _show(document: dict[str, Any]) -> None:
     for column in ("", "parameters", "FLOPs a sample", "output"):
         table.add_column(column, justify="left" if column in ("", "output") else "right")
     for name, row in document["models"].items():
-        table.add_row(name, f"{row['parameters']:,}", f"{row['flops'] / 1e6:,.1f} M", row["output"])
+        table.add_row(name, f"{row['parameters']:,}", count(row["flops"]), row["output"])
     console.print(table)
     for tap, shape in document["taps"].items():
         console.print(f"tap      {tap}: {shape}")

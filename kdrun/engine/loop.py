@@ -108,6 +108,8 @@ def train_step(stage: Stage, hooks: Hooks) -> None:
         result = run_phase(stage, group, phase, progress)
         if (stage.step + 1) % stage.log_every == 0 or stage.step == 0:
             hooks.logged(stage.step + 1, to_record(stage, phase, result))
+    if stage.ema is not None:
+        stage.ema.update_parameters(stage.learner.student)  # type: ignore[operator]
     move_state(stage, group, result.kept, progress)
     stage.step += 1
 
@@ -138,12 +140,10 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
             value = term.sum.detach() / counts[term.unit]
             totals[name] = totals[name] + value if name in totals else value
         kept.append(keep)
-    loss = sum((weights[n] * v for n, v in totals.items()), start=torch.zeros((), device=stage.device))
+    loss = sum((weights[n] * v for n, v in totals.items() if weights[n] != 0), start=torch.zeros((), device=stage.device))
     grad_norm = whole(nn.utils.clip_grad_norm_(parameters, stage.clip_norm if stage.clip_norm is not None else math.inf))
     stop_if_not_finite(stage, phase, group, loss, totals, grad_norm)
     optimizer.step()
-    if stage.ema is not None:
-        stage.ema.update_parameters(stage.learner.student)  # type: ignore[operator]
     names = kept[0].keys() if kept else ()
     return PhaseResult(loss, totals, grad_norm, {n: torch.cat([k[n] for k in kept]) for n in names})
 
@@ -186,7 +186,9 @@ def stop_if_not_finite(
         stage.first_bad_step = now if previous is None else torch.where(previous > 0, previous, now)
         if (stage.step + 1) % stage.log_every:
             return
-        assert_healthy(stage)
+        if int(stage.first_bad_step) != stage.step + 1:  # of an earlier step, whose terms are gone
+            assert_healthy(stage)
+            return
     if bool(finite):
         return
     values = {name: float(value) for name, value in totals.items()}

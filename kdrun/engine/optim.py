@@ -35,12 +35,14 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> Scheduler:
     """A schedule that is a pure function of the optimiser step (timm, updates in steps)."""
-    warmup = {"warmup_t": round(schedule["warmup_epochs"] * steps_per_epoch), "warmup_lr_init": 0.0, "t_in_epochs": False}
+    # Without "prefix" the warm-up is part of the run: it moves neither a milestone nor the end.
+    warmup = {"warmup_t": round(schedule["warmup_epochs"] * steps_per_epoch), "warmup_lr_init": 0.0, "warmup_prefix": False, "t_in_epochs": False}
     if schedule["name"] == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=schedule["min_lr"], **warmup)
     milestones = schedule["milestones"] if schedule["name"] == "multistep" else []
-    # "Below 1" is a fraction of the run; otherwise epochs. timm lowers the rate once step >= milestone.
-    steps = [round(m * total_steps) if m < 1 else round(m * steps_per_epoch) for m in milestones]
+    # "Below 1" is a fraction of the run; otherwise epochs. The rate is lower from the step after so many steps are done, as
+    # in the published protocols; timm compares its milestones with step + 1, hence the 1.
+    steps = [(round(m * total_steps) if m < 1 else round(m * steps_per_epoch)) + 1 for m in milestones]
     return MultiStepLRScheduler(optimizer, decay_t=steps, decay_rate=schedule["gamma"], **warmup)
 
 

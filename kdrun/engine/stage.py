@@ -128,6 +128,8 @@ class StageRun:
         """Train to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
         if resume:
             self.restore()
+        else:
+            self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
         self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
         previous = self._listen()
         started = time.perf_counter()
@@ -195,6 +197,7 @@ class StageRun:
         """Go back to the newest whole checkpoint, or to the beginning."""
         found = state.newest(self.checkpoints)
         if found is None:
+            self.reporter.note("no whole checkpoint is left: it starts from the beginning")
             self.metrics.cut(0)
             return
         step, saved, remarks = found

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, checksummed, safetensors; a damaged one is recognised and the one before it is used.
 
 A checkpoint is a folder `step-00001234/` with `tensors.safetensors` and `state.json`. The JSON holds the nested state
-with every tensor replaced by its name, and the SHA-256 of the tensor file. The folder is written under another name,
-flushed to disk and renamed, so that a checkpoint either exists whole or not at all.
+with every tensor replaced by its name, and the SHA-256 of the tensor file and of that state. The folder is written under
+another name, flushed to disk and renamed, so that a checkpoint either exists whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of a step and delete all but the newest `keep`. Returns its folder."""
+    """Write the checkpoint of a step and delete all but the newest `keep`. Returns its folder.
+
+    Raises TypeError, naming the place, where the state holds what a checkpoint cannot keep.
+    """
     tensors: dict[str, torch.Tensor] = {}
     tree = _pack(state, "", tensors)
     final = folder / f"step-{step:08d}"
@@ -29,14 +33,17 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file(tensors, part / TENSORS)
-    document = {"format": 1, "step": step, "sha256": _sha256(part / TENSORS), "state": tree}
+    document = {"format": 1, "step": step, "sha256": _sha256(part / TENSORS), "state_sha256": _digest(step, tree), "state": tree}
     (part / STATE).write_text(json.dumps(document), encoding="utf-8")
     for name in (TENSORS, STATE, "."):
         _flush(part / name)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(part, final)
     _flush(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    written = sorted(folder.glob("step-*"))
+    # Later ones are damaged: a run that goes on from an earlier step has passed over them.
+    later, mine = [c for c in written if c.name > final.name], [c for c in written if c.name <= final.name]
+    for old in (*later, *mine[:-keep]):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -47,7 +54,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             step, state = load(candidate)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             remarks.append(f"{candidate.name} is damaged ({error}); the one before it is used")
             continue
         return step, state, remarks
@@ -55,9 +62,10 @@ def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
 
 
 def load(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Read one checkpoint folder. Raises ValueError where the checksum does not hold."""
+    """Read one checkpoint folder. Raises OSError, ValueError, KeyError or TypeError where it is damaged."""
     document = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if _sha256(checkpoint / TENSORS) != document["sha256"]:
+    digests = (_sha256(checkpoint / TENSORS), _digest(document["step"], document["state"]))
+    if digests != (document["sha256"], document["state_sha256"]):
         raise ValueError("checksum does not match")
     return int(document["step"]), _unpack(document["state"], load_file(checkpoint / TENSORS))
 
@@ -65,9 +73,13 @@ def load(checkpoint: Path) -> tuple[int, dict[str, Any]]:
 def _pack(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         # safetensors stores values, not aliases or memory formats; the loader copies into tensors that have theirs.
+        name = f"{len(tensors)}{name}"  # the number, because {"a/b": x} and {"a": {"b": x}} have one path
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"__tensor__": name}
     if isinstance(value, dict):
+        wrong = [k for k in value if not isinstance(k, (str, int, float, bool, NoneType))]
+        if wrong:
+            raise TypeError(f"{name or 'state'} has a key of type {type(wrong[0]).__name__}, which a checkpoint cannot keep")
         pairs = [[k, _pack(v, f"{name}/{k}", tensors)] for k, v in value.items()]
         return {"__dict__": pairs}
     if isinstance(value, (list, tuple)):
@@ -93,6 +105,10 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest(step: int, tree: Any) -> str:
+    return hashlib.sha256(json.dumps([step, tree]).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
