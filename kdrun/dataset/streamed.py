@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Streamed:
         loader = DataLoader(
             _Items(self),
             batch_sampler=batches(),
-            num_workers=self.workers,
+            num_workers=min(self.workers, os.cpu_count() or 1),  # more would only wait for each other; no row depends on it
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=torch.Generator().manual_seed(0),  # else the loader draws from the global stream
