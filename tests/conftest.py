@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ class Outcome:
     @property
     def json(self) -> Any:
         return json.loads(self.out)
+
+
+def run_cli(*arguments: str) -> Outcome:
+    """The same for fixtures that live longer than one test."""
+    from kdrun.cli import main
+
+    code, told, complained = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(complained):
+        patch.setattr("sys.argv", ["kdrun", *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Outcome(code, told.getvalue(), complained.getvalue())
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ def main() -> None:
 
     # A model or objective of one's own may lie in the current folder; at the end of the path it shadows nothing.
     sys.path.append(os.getcwd())
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a file or a pipe wants no bars
     try:
         app(prog_name="kdrun")
     except KdrunError as error:

@@ -11,7 +11,7 @@ from kdrun.cli.options import ConfigDir, Json, Overrides
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, a checkpoint-... folder, or a file with a student's weights.")],
+    what: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, a folder checkpoints/step-..., or a file with a student's weights.")],
     overrides: Overrides = None,
     config_dir: ConfigDir = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Also time one sample on this machine.")] = True,
@@ -21,7 +21,7 @@ def evaluate(
 
     A run's folder, or anything inside it, brings its own configuration; a bare weights file needs recipe=NAME or the groups.
     """
-    from kdrun.config.check import check
+    from kdrun.config.check import check, located
     from kdrun.config.compose import compose
     from kdrun.engine.records import load_run
     from kdrun.errors import Problem, Refused
@@ -42,7 +42,8 @@ def evaluate(
     check(composed)
     from kdrun.engine.measure import measure
 
-    report = measure(composed, path, home, latency)
+    with located(composed):
+        report = measure(composed, path, home, latency)
     if json:
         from kdrun.cli.console import print_json
 

@@ -62,7 +62,7 @@ def _runs(root: Path) -> list[dict[str, Any]]:
     import json
 
     rows = []
-    for origin in sorted(root.glob("*/*/run.json")):
+    for origin in sorted([*root.glob("*/run.json"), *root.glob("*/*/run.json")]):
         folder, told = origin.parent, json.loads(origin.read_text(encoding="utf-8"))
         if folder.parent.name in ("teachers", "ledger"):
             continue
@@ -86,6 +86,7 @@ def _result(summary: dict[str, Any] | None) -> str:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from kdrun.cli.console import out
@@ -97,5 +98,5 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
     for column in rows[0]:
         table.add_column(column, style="bold" if column == "name" else None, overflow="fold", no_wrap=column == "name")
     for row in rows:
-        table.add_row(*(str(v) for v in row.values()))
+        table.add_row(*(escape(str(v)) for v in row.values()))
     out().print(table)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdrun.cli.options import ConfigDir, Json, Overrides
+from kdrun.cli.options import ConfigDir, Json, Overrides, default_recipe
 
 
 def plan(
@@ -16,14 +16,15 @@ def plan(
     json: Json = False,
 ) -> None:
     """Shapes, parameters, FLOPs, memory, steps and time of a run. Needs no data: inputs of the right shape are drawn."""
-    from kdrun.config.check import check
+    from kdrun.config.check import check, located
     from kdrun.config.compose import compose
 
-    composed = compose(overrides or [], config_dir or [])
+    composed = compose(overrides or [], config_dir or [], default_recipe(overrides))
     check(composed)
     from kdrun.engine.estimate import estimate
 
-    document = estimate(composed, probe)
+    with located(composed):
+        document = estimate(composed, probe)
     if json:
         from kdrun.cli.console import print_json
 
@@ -33,6 +34,7 @@ def plan(
 
 
 def _show(document: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from kdrun.cli.console import count, out
@@ -43,9 +45,9 @@ def _show(document: dict[str, Any]) -> None:
     for column in ("", "parameters", "FLOPs a sample", "output"):
         table.add_column(column, justify="left" if column in ("", "output") else "right")
     for name, row in document["models"].items():
-        table.add_row(name, f"{row['parameters']:,}", count(row["flops"]), row["output"])
+        table.add_row(name, f"{row['parameters']:,}", count(row["flops"]), escape(row["output"]))
     console.print(table)
     for tap, shape in document["taps"].items():
-        console.print(f"tap      {tap}: {shape}")
+        console.print(f"tap      {escape(f'{tap}: {shape}')}", soft_wrap=True)
     for name, text in document["facts"].items():
-        console.print(f"{name:<9}{text}", soft_wrap=True)
+        console.print(f"{name:<9}{escape(text)}", soft_wrap=True)

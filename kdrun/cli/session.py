@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from kdrun.cli.console import out, print_json
 from kdrun.cli.view import make_reporter
 from kdrun.config.compose import Composed
+from kdrun.engine.records import CONFIG, ORIGIN, open_folder, run_folder
 from kdrun.engine.report import Reporter
-from kdrun.engine.records import open_folder, run_folder
+from kdrun.errors import EXIT_STOPPED, CheckFailed, KdrunError, Refused
 from kdrun.hardware.launch import launch
 
 
 def run_session(composed: Composed, json: bool, quiet: bool, folder: Path | None = None, resume: bool = False) -> None:
     """Run to the end and print the result. Everything that can be refused is refused before the folder exists."""
+    from kdrun.config.check import located
     from kdrun.engine.compare import is_comparison
 
-    with make_reporter(json=json, quiet=quiet) as reporter:
-        if is_comparison(composed.tree):
+    ledger = composed.tree["run"]["ledger"]
+    if ledger:
+        from kdrun.ledger.record import must_be_recordable
+
+        must_be_recordable(composed)
+    with located(composed), make_reporter(json=json, quiet=quiet) as reporter:
+        if is_comparison(composed.tree) or ledger:  # a record is that of a comparison, be it of one arm and one seed
             document = _comparison(composed, reporter, folder, resume)
         else:
             document = launch(composed, reporter, folder, resume)
@@ -42,20 +51,51 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
     data = load_data(composed.tree) if composed.tree["hardware"]["kind"] == "local" else None
     if data is not None:
         compare.try_out(listed, composed, data)
-    if not resume:
-        open_folder(folder, composed)
-    for number, job in enumerate(listed, 1):
-        if (job.folder / SUMMARY).is_file():
-            reporter.note(f"kept: {job.arm}, seed {job.seed}")
-            continue
-        reporter.note(f"[{number}/{len(listed)}] {job.arm}, seed {job.seed}")
-        same = job.composed.tree["dataset"] == composed.tree["dataset"]
-        launch(job.composed, reporter, job.folder, resume=(job.folder / "checkpoints").is_dir(), data=data if same else None)
-        compare.write_comparison(folder, listed)
-        reporter.brief = True
+    with _nothing_left(folder) if not resume else nullcontext():
+        if not resume:
+            open_folder(folder, composed)
+        for number, job in enumerate(listed, 1):
+            if (job.folder / SUMMARY).is_file():
+                reporter.note(f"kept: {job.arm}, seed {job.seed}")
+                continue
+            reporter.note(f"[{number}/{len(listed)}] {job.arm}, seed {job.seed}")
+            same = job.composed.tree["dataset"] == composed.tree["dataset"]
+            with _resumed_whole(folder):
+                launch(job.composed, reporter, job.folder, resume=(job.folder / ORIGIN).is_file(), data=data if same else None)
+            compare.write_comparison(folder, listed)
+            reporter.brief = True
     document = assess(composed, listed, folder)
     write_json(folder / SUMMARY, document)
     if composed.tree["run"]["ledger"]:
         written = write_record(composed, document)
         reporter.note(f"ledger record: {written}")
     return read_json(folder / SUMMARY)
+
+
+@contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Take a comparison's folder away again if its first run is refused, so that a mended command line may use the name."""
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        yield
+    except (Refused, CheckFailed):
+        if not (folder / "arms").exists():
+            for name in (CONFIG, ORIGIN):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # of another run by now
+                for path in created:
+                    path.rmdir()
+        raise
+
+
+@contextmanager
+def _resumed_whole(folder: Path) -> Iterator[None]:
+    """A comparison is resumed as a whole: say so where the run that was stopped names itself."""
+    try:
+        yield
+    except KdrunError as error:
+        if error.exit_code != EXIT_STOPPED:
+            raise
+        stopped = KdrunError(f"{str(error).partition(';')[0]}; go on with: kdrun resume {folder}")
+        stopped.exit_code = EXIT_STOPPED
+        raise stopped from error

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdrun.cli.options import ConfigDir, Json, Overrides
+from kdrun.cli.options import ConfigDir, Json, Overrides, default_recipe
 
 TOLD_APART = ("paper", "about", "published", "claims", "notes", "rivals", "name", "scale")
 
@@ -23,7 +23,7 @@ def show(
     from kdrun.config.check import check
     from kdrun.config.compose import compose, flatten
 
-    composed = compose(overrides or [], config_dir or [])
+    composed = compose(overrides or [], config_dir or [], default_recipe(overrides))
     check(composed, build=False)
     if hash:
         print(composed.hash())
@@ -33,7 +33,9 @@ def show(
     if diff:
         name = diff.removeprefix("recipe=")
         rest = [o for o in overrides or [] if not o.startswith("recipe=")]
-        other = flatten(compose([f"recipe={name}", *rest], config_dir or []).tree)
+        compared = compose([f"recipe={name}", *rest], config_dir or [])
+        check(compared, build=False)
+        other = flatten(compared.tree)
     if json:
         rows = {k: {"value": v, "origin": composed.origins.get(k, "")} for k, v in values.items()}
         print_json(rows if other is None else {"differences": _differences(values, other)})
@@ -83,11 +85,12 @@ def _show_head(console: Any, composed: Any) -> None:
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
                 break
-            console.print(f"[cyan]{escape(line)}[/]", soft_wrap=True)
+            console.print(f"[cyan]{escape(line.lstrip('# '))}[/]", soft_wrap=True)
     for table in tree["published"]:
         for row in table["rows"]:
             cells = "  ".join(f"{k} {v[0]} +- {v[1]}" if isinstance(v, list) else f"{k} {v}" for k, v in row.items() if k != "if")
-            console.print(f"published ({table['table']}; {table['metric']}; {', '.join(row.get('if', []))}): {cells}", soft_wrap=True)
+            where = "; ".join([table["table"], table["metric"], *filter(None, [", ".join(row.get("if", []))])])
+            console.print(f"published ({escape(where)}): {escape(cells)}", soft_wrap=True)
     for name in ("claims", "notes"):
         for line in tree[name]:
             console.print(f"{name[:-1]}: {escape(line)}", soft_wrap=True)

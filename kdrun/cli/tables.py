@@ -24,15 +24,15 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
     if not summary.get("test"):
         console.print(f"job {summary.get('job')} runs; its folder: {summary.get('folder')}")
         return
-    tree, metric = composed.tree, summary["metric"]
+    tree, metric, facts = composed.tree, summary["metric"], composed.facts()
     paper = tree["scale"] == "paper"
     console.print(f"\n[bold]{composed.recipe or 'run'}[/], seed {summary['seed']}: {metric} ({summary['how']})", soft_wrap=True)
     table = Table()
     for heading in ("", "measured", *(["published", "difference", "from"] if paper else [])):
         table.add_column(heading, justify="left" if heading in ("", "from") else "right")
-    rows = [(f"{composed.choices['objective']} ({composed.choices['student']})", summary["value"], lookup(tree["published"], composed.choices, composed.choices["objective"]))]
+    rows = [(f"{composed.choices['objective']} ({composed.choices['student']})", summary["value"], lookup(tree["published"], facts, composed.choices["objective"]))]
     if summary["teacher"]:
-        rows.insert(0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], composed.choices, "teacher")))
+        rows.insert(0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], facts, "teacher")))
     for name, value, published in rows:
         cells = [name, f"{value:.2f}"]
         if paper:

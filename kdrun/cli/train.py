@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from kdrun.cli.options import ConfigDir, Json, Overrides, Quiet
-
-DEFAULT_RECIPE = "pld_digits"
+from kdrun.cli.options import ConfigDir, Json, Overrides, Quiet, default_recipe
 
 
 def train(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json = False, quiet: Quiet = False) -> None:
@@ -12,14 +10,8 @@ def train(overrides: Overrides = None, config_dir: ConfigDir = None, json: Json 
     from kdrun.config.check import check
     from kdrun.config.compose import compose
 
-    composed = compose(overrides or [], config_dir or [], default_recipe=None if _own_tree(overrides) else DEFAULT_RECIPE)
+    composed = compose(overrides or [], config_dir or [], default_recipe=default_recipe(overrides))
     check(composed)
     from kdrun.cli.session import run_session
 
     run_session(composed, json=json, quiet=quiet)
-
-
-def _own_tree(overrides: list[str] | None) -> bool:
-    """Whether the user names parts but no recipe: then the bare defaults of conf/config.yaml are meant."""
-    keys = {o.partition("=")[0] for o in overrides or []}
-    return bool(keys & {"dataset", "student", "teacher"}) and "recipe" not in keys

@@ -7,20 +7,16 @@ parts with a `_target_` (that part imports the class, hence torch; the rest does
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kdrun.config import schema
 from kdrun.config.compose import Composed
 from kdrun.config.rules import cross_checks
+from kdrun.config.targets import ALLOWED, component
 from kdrun.errors import Problem, Refused, did_you_mean
-
-# Packages whose classes a configuration may name; a user adds to them with run.allow=[pkg].
-ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")
-MAX_DEPTH = 12
 
 
 def check(composed: Composed, build: bool = True) -> None:
@@ -34,38 +30,50 @@ def check(composed: Composed, build: bool = True) -> None:
     found.section(composed.tree.get("student"), schema.StudentKeys, "student")
     for group in ("teacher", "student", "dataset", "source", "objective", "evaluation"):
         found.target_allowed(composed.tree.get(group), group)
-    if not found.problems:
-        found.problems.extend(cross_checks(composed))
-    if build and not found.problems:
-        for group in ("dataset", "objective", "evaluation", "source"):
+    found.problems.extend(cross_checks(composed))
+    wrong = {p.key.split(".")[0] for p in found.problems}
+    for group in ("dataset", "objective", "evaluation", "source") if build else ():
+        if group not in wrong:
             found.signature(composed.tree.get(group), group)
-    if found.problems:
-        raise Refused(sorted(found.problems, key=lambda p: (p.where, p.key)))
+    if build and "optim" not in wrong:
+        found.optimiser(str(composed.tree["optim"]["name"]))
+    problems = [*composed.problems, *found.problems]
+    if problems:
+        raise Refused(sorted(problems, key=lambda p: (p.where, p.key)))
 
 
-def locate(target: str, allowed: Sequence[str] = ALLOWED) -> Any:
-    """The object behind a dotted path, from an allowed package only. Raises `Refused`."""
-    package = target.split(".")[0]
-    if package not in allowed:
-        raise Refused(Problem(f"'{target}' lies outside the packages that a configuration may name", "_target_", "", f"if you trust it: run.allow=[{package}]"))
-    module_name, _, attribute = target.rpartition(".")
+@contextmanager
+def located(composed: Composed) -> Iterator[None]:
+    """Tell the problems of what is built from a configuration where their keys come from, as far as they do not say so."""
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise Refused(Problem(f"'{target}' cannot be imported ({error})", "_target_", "", "check the dotted path, and that its folder is on PYTHONPATH")) from error
-    if not hasattr(module, attribute):
-        names = [n for n in dir(module) if not n.startswith("_")]
-        raise Refused(Problem(f"{module_name} has no '{attribute}'", "_target_", "", did_you_mean(attribute, names)))
-    return getattr(module, attribute)
+        yield
+    except Refused as refused:
+        raise Refused([dataclasses.replace(p, where=p.where or origin_of(composed, p.key)) for p in refused.problems]) from refused
 
 
-def instantiate(node: Mapping[str, Any], key: str, allowed: Sequence[str] = ALLOWED) -> Any:
+def origin_of(composed: Composed, key: str) -> str:
+    """File and line, or command line, of a key; of a group that of its first leaf. "" for what is no key."""
+    origins = composed.origins
+    return origins.get(key) or next((o for k, o in origins.items() if key and k.startswith(key + ".")), "")
+
+
+def instantiate(node: Mapping[str, Any], group: str, allowed: Sequence[str] = ALLOWED) -> Any:
     """Build a component from its node. A ValueError of its own checks becomes a `Refused` that names the group."""
-    target = locate(str(node["_target_"]), allowed)
+    target = component(node.get("_target_"), allowed, group)
     try:
         return target(**{k: v for k, v in node.items() if k != "_target_"})
     except (ValueError, TypeError) as error:
-        raise Refused(Problem(str(error), key, str(node["_target_"]), "")) from error
+        raise Refused(_own_check(str(error), group, node)) from error
+
+
+def _own_check(message: str, group: str, node: Mapping[str, Any]) -> Problem:
+    """The problem that a class's own check raised. By convention its message begins with the field: `temperature=-3: legal range ...`"""
+    field, equals, _ = message.partition("=")
+    if not equals or field not in node:
+        return Problem(message, group)
+    what, _, remedy = message.partition(": ")
+    bare = what in (f"{field}={node[field]}", f"{field}={node[field]!r}")
+    return Problem(f"cannot be {node[field]}" if bare else what, f"{group}.{field}", "", remedy)
 
 
 class _Findings:
@@ -75,9 +83,7 @@ class _Findings:
         self.allowed = (*ALLOWED, *(composed.tree.get("run", {}).get("allow") or []))
 
     def add(self, what: str, key: str, remedy: str) -> None:
-        origins = self.composed.origins
-        where = origins.get(key) or next((o for k, o in origins.items() if k.startswith(key + ".")), "")
-        self.problems.append(Problem(what, key, where, remedy))
+        self.problems.append(Problem(what, key, origin_of(self.composed, key), remedy))
 
     def tree(self, node: Mapping[str, Any], cls: type, prefix: str) -> None:
         """Hold a mapping against a dataclass: every key known, every value of its type."""
@@ -101,7 +107,8 @@ class _Findings:
             if isinstance(value, Mapping):
                 self.tree(value, hint, name)
             else:
-                self.add(f"a group of keys is needed, not {value!r}", name, "")
+                keys = [f.name for f in dataclasses.fields(hint)]
+                self.add(f"a group of keys is needed, not {value!r}", name, f"set a key of it: {', '.join(f'{name}.{k}' for k in keys[:4])}, ...")
         elif get_origin(hint) is list and isinstance(value, list) and dataclasses.is_dataclass(get_args(hint)[0]):
             for i, item in enumerate(value):
                 self.value(item, get_args(hint)[0], f"{name}.{i}")
@@ -121,17 +128,24 @@ class _Findings:
         if package not in self.allowed:
             self.add(f"'{target}' lies outside the packages that a configuration may name", f"{group}._target_", f"if you trust it: run.allow=[{package}]")
 
+    def optimiser(self, name: str) -> None:
+        from timm.optim import list_optimizers
+
+        names = [str(n) for n in list_optimizers()]
+        if name not in names:
+            self.add(f"timm has no optimiser named '{name}'", "optim.name", did_you_mean(name, names))
+
     def signature(self, node: Any, group: str) -> None:
         """Hold a part against the class it names: its fields, their types, then its own checks."""
         if not isinstance(node, Mapping) or "_target_" not in node:
             return
         try:
-            target = locate(str(node["_target_"]), self.allowed)
+            target = component(node["_target_"], self.allowed, group)
         except Refused as refused:
             for p in refused.problems:
-                self.add(p.what, f"{group}._target_", p.remedy)
+                self.add(p.what, p.key, p.remedy)
             return
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        hints = get_type_hints(target.__init__)  # type: ignore[misc]
         hints.pop("return", None)
         before = len(self.problems)
         for key, value in node.items():

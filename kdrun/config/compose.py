@@ -30,10 +30,14 @@ COMMAND_LINE = "command line"
 # Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
 NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
 
+# Groups whose keys depend on the option: each is typed by the class that it names.
+OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation")
+
 
 @dataclass
 class Composed:
-    """A resolved configuration and how it came about."""
+    """A resolved configuration and how it came about. `problems` are the faults of the overrides: `kdrun.config.check.check`
+    raises them together with its own, so that one attempt shows them all."""
 
     tree: dict[str, Any]
     origins: Origins
@@ -41,11 +45,16 @@ class Composed:
     recipe: str | None
     overrides: list[str]
     config_dirs: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     def hash(self) -> str:
         """Identifies the experiment: equal for equal settings, however they were written or ordered."""
         semantic = {k: v for k, v in self.tree.items() if k not in NOT_SEMANTIC}
         return hashlib.sha256(json.dumps(semantic, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        """Every leaf and every choice of an option, by key: what conditions may speak of."""
+        return {**flatten(self.tree), **self.choices}
 
     def set_by_user(self, key: str) -> bool:
         """Whether the command line set this key or a leaf below it."""
@@ -53,37 +62,55 @@ class Composed:
 
 
 def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), default_recipe: str | None = None) -> Composed:
-    """Compose and resolve. Raises `Refused` with all problems that can be seen without building anything."""
+    """Compose and resolve. Faults of single overrides are kept in `problems` of the result; raises `Refused` where there is no result."""
     search = SearchPath.of(config_dirs)
-    parsed, problems = _parse(overrides)
+    parsed, problems = _parse(overrides, search)
     choices_given, recipe, values = _sort_overrides(parsed, search, problems, default_recipe)
-    if problems:
-        raise Refused(problems)
+    values = [o for o in values if o.key_or_group.split(".")[0] not in _doubtful(problems, choices_given)]
     config, choices = _hydra(search, choices_given, recipe)
     origins = file_origins(search, choices, recipe)
     given = [o.key_or_group for o in values]
-    origins |= _apply_when(config, choices, given, recipe, problems)
     for override in values:
         _apply(config, override, given, origins, problems)
+    # After the command line, whose values the conditions may speak of; what it set stays as it is.
+    origins |= _apply_when(config, choices, given, recipe, problems)
     if recipe:
         config["name"] = recipe
         origins["name"] = COMMAND_LINE if any(o.key_or_group == "recipe" for o in parsed) else "default"
-    tree = _resolve(config, problems)
-    if problems:
+    tree = _resolve(config, origins, problems)
+    if not tree:
         raise Refused(problems)
     tree.pop("when", None)
-    return Composed(tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs])
+    return Composed(tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs], problems)
 
 
-def _parse(overrides: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+def _parse(overrides: Sequence[str], search: SearchPath) -> tuple[list[Override], list[Problem]]:
     parser, parsed, problems = OverridesParser.create(), [], []
     for text in overrides:
+        if "=" not in text and not text.startswith("~"):
+            problems.append(Problem("this is not KEY=VALUE", text, COMMAND_LINE, _meant(text, search)))
+            continue
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
             what = str(error).splitlines()[0]
             problems.append(Problem(f"cannot be read as an override ({what})", text, COMMAND_LINE, "write key=value; quote values with spaces or commas"))
     return parsed, problems
+
+
+def _meant(word: str, search: SearchPath) -> str:
+    """What somebody wanted who wrote a bare word: a recipe, an option of a group, or a value that was forgotten."""
+    keys = {"recipe": "recipes", **{group: group for group in GROUPS}}
+    if word in keys:
+        return f"{word}=NAME, one of " + ", ".join(search.options(keys[word]))
+    named = [f"{key}={word}" for key, folder in keys.items() if word in search.options(folder)]
+    return f"write {' or '.join(named)}" if named else f"write {word}=VALUE"
+
+
+def _doubtful(problems: Sequence[Problem], chosen: Mapping[str, str]) -> set[str]:
+    """Groups of which nothing can be said, because the choice itself is wrong: their keys are judged once it is mended."""
+    wrong = {p.key for p in problems}
+    return {g for g in OPEN_GROUPS if g in wrong or ("recipe" in wrong and g not in chosen)}
 
 
 def _sort_overrides(
@@ -95,7 +122,8 @@ def _sort_overrides(
     for override in parsed:
         key = override.key_or_group
         if override.is_sweep_override():
-            problems.append(Problem("several values where one is needed", key, COMMAND_LINE, "give one value per run here"))
+            remedy = "give one value per run here; one that has commas in it is quoted twice: key='\"a,b\"'"
+            problems.append(Problem("several values where one is needed", key, COMMAND_LINE, remedy))
         elif key == "recipe" or (key in GROUPS and not override.is_delete()):
             group, name = ("recipes" if key == "recipe" else key), str(override.value())
             options = search.options(group)
@@ -133,11 +161,13 @@ def _apply_when(config: DictConfig, choices: Mapping[str, str], given: list[str]
     origins: Origins = {}
     for number, entry in enumerate(config.get("when") or []):
         conditions = [str(c) for c in entry.get("if", [])]
-        wrong = [c for c in conditions if c.partition("=")[0] not in GROUPS or not c.partition("=")[2]]
+        wrong = [c for c in conditions if c.partition("=")[0].split(".")[0] not in GROUPS or not c.partition("=")[2]]
         if wrong or not conditions:
-            problems.append(Problem("a condition is a list of group=option", f"when.{number}.if", f"recipes/{recipe}.yaml", "e.g. if: [objective=dkd]"))
+            remedy = "e.g. if: [objective=dkd] or if: [teacher.name=resnet152]"
+            problems.append(Problem("a condition is a list of group=option or key=value", f"when.{number}.if", f"recipes/{recipe}.yaml", remedy))
             continue
-        if not all(choices.get(c.partition("=")[0]) in c.partition("=")[2].split("|") for c in conditions):
+        pairs = [c.partition("=")[::2] for c in conditions]
+        if not all(str(choices.get(k, OmegaConf.select(config, k))) in options.split("|") for k, options in pairs):
             continue
         for key, value in entry.items():
             if key == "if" or any(g == key or g.startswith(f"{key}.") for g in given):
@@ -204,12 +234,16 @@ def _unknown(config: DictConfig, key: str) -> Problem:
     return Problem("unknown key", key, COMMAND_LINE, remedy)
 
 
-def _resolve(config: DictConfig, problems: list[Problem]) -> dict[str, Any]:
+def _resolve(config: DictConfig, origins: Origins, problems: list[Problem]) -> dict[str, Any]:
+    open_keys = sorted(OmegaConf.missing_keys(config))
+    if open_keys:
+        problems += [Problem("must be given", key, origins.get(key, ""), f"{key}=...") for key in open_keys]
+        return {}
     try:
-        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        tree = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or "")
-        problems.append(Problem(str(error).splitlines()[0], key, "", f"set {key}=... on the command line" if key else ""))
+        problems.append(Problem(str(error).splitlines()[0], key, origins.get(key, ""), f"set {key}=... on the command line" if key else ""))
         return {}
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}

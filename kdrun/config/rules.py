@@ -8,11 +8,14 @@ from typing import Any
 from kdrun.config.compose import Composed
 from kdrun.errors import Problem
 
-POSITIVE = ("optim.lr", "optim.epochs", "run.log_every", "run.checkpoint_every", "run.keep", "source.batch_size")
+POSITIVE = (
+    "optim.lr", "optim.epochs", "run.log_every", "run.checkpoint_every", "run.keep", "run.max_steps", "source.batch_size",
+    "hardware.procs", "hardware.threads",
+)
 
 
 def cross_checks(composed: Composed) -> list[Problem]:
-    return [*_ranges(composed), *_protocol(composed), *_micro_batch(composed), *_hardware(composed)]
+    return [*_ranges(composed), *_protocol(composed), *_micro_batch(composed), *_hardware(composed), *_teacher(composed)]
 
 
 def _get(tree: Any, key: str) -> Any:
@@ -31,10 +34,10 @@ def _ranges(composed: Composed) -> Iterator[Problem]:
         if isinstance(value, (int, float)) and value <= 0:
             yield _problem(composed, f"must be above 0, not {value}", key, f"e.g. {key}=1")
     ema = _get(composed.tree, "optim.ema")
-    if ema is not None and not 0 < ema < 1:
+    if isinstance(ema, (int, float)) and not 0 < ema < 1:
         yield _problem(composed, f"a decay lies between 0 and 1, not {ema}", "optim.ema", "e.g. optim.ema=0.999, or null for none")
     seeds = _get(composed.tree, "run.seeds")
-    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
+    if isinstance(seeds, list) and (not seeds or len(set(map(str, seeds))) != len(seeds)):
         yield _problem(composed, "seeds must be different from each other, and at least one", "run.seeds", "e.g. run.seeds=[1,2,3]")
 
 
@@ -51,13 +54,23 @@ def _protocol(composed: Composed) -> Iterator[Problem]:
 
 def _micro_batch(composed: Composed) -> Iterator[Problem]:
     micro, batch = _get(composed.tree, "hardware.micro_batch"), _get(composed.tree, "source.batch_size")
-    sizes = [micro] if isinstance(micro, int) else micro or []
+    sizes = [s for s in (micro if isinstance(micro, list) else [micro]) if isinstance(s, int)]
     if any(s < 1 for s in sizes):
         yield _problem(composed, "a micro-batch has at least one sample", "hardware.micro_batch", "hardware.micro_batch=null for the whole batch")
     ranks = _get(composed.tree, "hardware.procs") or 1
-    if isinstance(micro, list) and isinstance(batch, int) and sum(sizes) * ranks != batch:
+    typed = isinstance(micro, list) and len(sizes) == len(micro) and isinstance(batch, int) and isinstance(ranks, int)
+    if typed and sum(sizes) * ranks != batch:
         yield _problem(composed, f"sizes {sizes} make {sum(sizes)} samples a rank; source.batch_size={batch} over {ranks} rank(s) needs {batch / ranks:g}",
                        "hardware.micro_batch", "make them add up, or give one number")
+
+
+def _teacher(composed: Composed) -> Iterator[Problem]:
+    node = composed.tree.get("teacher")
+    if not isinstance(node, dict):
+        return
+    for given, other in (("mean", "std"), ("std", "mean")):
+        if node.get(given) is not None and node.get(other) is None:
+            yield _problem(composed, f"a normalisation is a mean and a std, and teacher.{other} is null", f"teacher.{given}", f"set teacher.{other} too")
 
 
 def _hardware(composed: Composed) -> Iterator[Problem]:

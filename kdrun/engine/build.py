@@ -11,7 +11,8 @@ from torch import nn
 
 from kdrun import rng
 from kdrun.config import schema
-from kdrun.config.check import ALLOWED, instantiate
+from kdrun.config.check import instantiate
+from kdrun.config.targets import ALLOWED
 from kdrun.dataset.base import Data
 from kdrun.engine.device import channels_last
 from kdrun.engine.distributed import Ranks
@@ -24,7 +25,7 @@ from kdrun.student.weights import load_weights
 from kdrun.teacher.live import LiveTeacher, affine_between
 from kdrun.teacher.silent import NoTeacher
 from kdrun.teacher.truth import TruthTeacher
-from kdrun.types import Context, ModelSpec, Teacher
+from kdrun.types import Context, ModelSpec, Source, Teacher
 
 TEACHER_KEYS = {f.name for f in fields(schema.TeacherKeys)}
 STUDENT_KEYS = {f.name for f in fields(schema.StudentKeys)}
@@ -46,6 +47,13 @@ class Built:
     total_steps: int
 
 
+def synchronised(module: nn.Module, device: torch.device, ranks: Ranks) -> Any:
+    """BatchNorm over all ranks, on GPUs. Before the taps are hooked: the conversion makes new modules, without hooks."""
+    if ranks.world > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module
+
+
 def load_data(tree: Mapping[str, Any]) -> Data:
     """Load the data set that the tree names. Raises `Refused` where it is missing or does not fit its description."""
     return instantiate(tree["dataset"], "dataset", allowed(tree)).load()
@@ -55,13 +63,20 @@ def allowed(tree: Mapping[str, Any]) -> tuple[str, ...]:
     return (*ALLOWED, *(tree["run"].get("allow") or []))
 
 
+def open_source(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Source:
+    """This rank's batches of the training split. Raises `Refused` where the data's size does not fit the steps or the ranks."""
+    return instantiate(tree["source"], "source", allowed(tree)).open(
+        data, "train", seed=tree["seed"], micro_batch=tree["hardware"]["micro_batch"], rank=ranks.rank, world=ranks.world, device=device
+    )
+
+
 def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Built:
     """Build and check everything that one stage trains with. Raises `Refused`; spends nothing but memory."""
     objective = instantiate(tree["objective"], "objective", allowed(tree))
     needs = objective.needs()
     memory_format = torch.channels_last if channels_last(tree["hardware"], data.input_shape) else torch.contiguous_format
     problems: list[Problem] = []
-    network = build_student_network(tree, data)
+    network = synchronised(build_student_network(tree, data), device, ranks)
     student_spec = _spec(network, tree["student"], data, needs.student_taps, "student", problems)
     teacher = build_teacher(tree, data, needs.teacher_taps, problems)
     _check_needs(tree, data, objective, teacher, problems)
@@ -76,7 +91,7 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     total_steps = max(1, round(tree["optim"]["epochs"] * per_epoch))
     torch.manual_seed(rng.key(tree["seed"], "connectors"))
     context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
-    connectors = objective.setup(context)
+    connectors = synchronised(objective.setup(context), device, ranks)
     learner = Learner(student, connectors, objective, ranks).to(device).to(memory_format=memory_format)
     objective.to(device)
     if isinstance(teacher, LiveTeacher):
@@ -143,7 +158,13 @@ def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
         found.append(Problem(f"the teacher was made for inputs {list(size)}, {data.name} gives {list(data.input_shape)}", "teacher.input_size", "",
                              "choose another teacher, or the data set's transform that gives its size"))
     mean, std = node.get("mean"), node.get("std")
-    if mean is not None and std is not None and not node.get("renormalise"):
+    if mean is None or std is None:
+        if mean is not std:
+            missing = "mean" if mean is None else "std"
+            found.append(Problem("mean and std say one thing together", f"teacher.{missing}", "", f"give teacher.{missing} too, or neither"))
+    elif node.get("renormalise") and (len(mean), len(std)) != (len(data.mean), len(data.std)):
+        found.append(Problem(f"{len(mean)} means and {len(std)} standard deviations, where {data.name} has {len(data.mean)}", "teacher.mean", "", "one for each of its channels"))
+    elif not node.get("renormalise"):
         ours = [*data.mean, *data.std]
         same = len(ours) == len(mean) + len(std) and all(abs(a - b) < 1e-3 for a, b in zip([*mean, *std], ours, strict=True))
         if not same:
@@ -154,7 +175,7 @@ def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
 
 def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, problems: list[Problem]) -> None:
     needs, name = objective.needs(), type(objective).__name__
-    if (needs.teacher_logits or needs.teacher_taps) and teacher.spec is None:
+    if (needs.teacher_logits or needs.teacher_taps) and tree["teacher"].get("kind", "none") == "none":
         problems.append(Problem(f"{name} needs a teacher and there is none", "teacher", "", "choose one, e.g. teacher=resnet56 (`kdrun ls teachers`), or objective=ce"))
     if needs.teacher_taps and isinstance(teacher, TruthTeacher):
         problems.append(Problem(f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"))

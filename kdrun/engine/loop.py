@@ -197,7 +197,7 @@ def stop_if_not_finite(
     what = f"term{'s' if len(bad) > 1 else ''} {', '.join(bad)}" if bad else "the gradient (every term is finite)"
     bundle = {"stage": stage.name, "step": stage.step + 1, "phase": phase, "terms": values, "grad_norm": float(grad_norm), "ids": ids}
     shown = ", ".join(map(str, ids[:6])) + (", ..." if len(ids) > 6 else "")
-    raise NotFinite(f"not finite at step {stage.step + 1} of {stage.name}, phase {phase}: {what}; batch of {len(ids)} samples, ids {shown}. Nothing was updated.", bundle)
+    raise NotFinite(f"not finite at step {stage.step + 1} of {stage.name}, phase {phase}: {what}; batch of {len(ids)} samples, ids {shown}. The update was not made.", bundle)
 
 
 def assert_healthy(stage: Stage) -> None:

@@ -64,7 +64,7 @@ def load_student(network: nn.Module, learner: nn.Module, path: Path) -> Path:
     else:
         try:
             saved = state.load(folder)[1]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise Refused(Problem(f"the checkpoint is damaged ({error})", "", str(folder), "take the one before it, or `kdrun resume` the run")) from error
     average = saved.get("ema")
     if average:

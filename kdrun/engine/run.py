@@ -12,10 +12,11 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from kdrun.config.compose import Composed
+from kdrun.config.check import check
+from kdrun.config.compose import Composed, flatten
 from kdrun.dataset.base import Data
 from kdrun.engine import provenance
-from kdrun.engine.build import Built, build, load_data
+from kdrun.engine.build import Built, build, load_data, open_source
 from kdrun.engine.device import peak_memory_bytes, pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import teacher_score
@@ -23,7 +24,7 @@ from kdrun.engine.plots import plot_curves
 from kdrun.engine.records import SUMMARY, open_folder, read_json, run_folder, write_json
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import StageRun, Stopped, make_stage
-from kdrun.errors import CheckFailed, Problem, Refused
+from kdrun.errors import CheckFailed, Problem, Refused, did_you_mean
 from kdrun.evaluation import cost
 from kdrun.evaluation.protocol import reported
 from kdrun.plan.single import StageSpec, teacher_stage
@@ -49,20 +50,23 @@ def execute(composed: Composed, reporter: Reporter, folder: Path | None = None, 
     set_up(tree["hardware"], device)
     data = data or load_data(tree)
     built = build(tree, data, device, ranks)
+    open_source(tree, data, device, ranks)  # it has its own reasons to refuse
     start_from(tree, built)
     trained_by = teacher_stage(tree, data.fingerprint)
     teacher_facts: dict[str, Any] = {}
     if trained_by is None:
         teacher_facts = load_teacher(tree, built, device, ranks)
+    else:
+        check(as_composed(composed, trained_by))
     folder = folder or run_folder(composed)
     if ranks.first and not resume:
         open_folder(folder, composed)
     ranks.barrier()
     reporter.run_started(title(composed), folder, facts(composed, built, device))
     if trained_by is not None:
-        teacher_facts = train_teacher(composed, trained_by, built, device, ranks, reporter)
+        teacher_facts = train_teacher(composed, trained_by, built, folder, device, ranks, reporter)
     if teacher_facts:
-        reporter.note(teacher_line(teacher_facts))
+        reporter.note(teacher_line(teacher_facts, built.evaluation.primary))
     return train_student(composed, built, teacher_facts, folder, resume, device, ranks, reporter)
 
 
@@ -89,7 +93,15 @@ def train_student(
     return Result(folder, summary)
 
 
-def train_teacher(composed: Composed, spec: StageSpec, built: Built, device: torch.device, ranks: Ranks, reporter: Reporter) -> dict[str, Any]:
+def as_composed(composed: Composed, spec: StageSpec) -> Composed:
+    """A stage of its own configuration as one that can be checked and kept in a folder."""
+    where = dict.fromkeys(flatten(spec.tree), "the teacher's training (teacher.fit)")
+    return Composed(dict(spec.tree), where, dict(composed.choices), composed.recipe, list(composed.overrides), composed.config_dirs)
+
+
+def train_teacher(
+    composed: Composed, spec: StageSpec, built: Built, home: Path, device: torch.device, ranks: Ranks, reporter: Reporter
+) -> dict[str, Any]:
     """Train the teacher once, or take the one that an earlier run left; load it into the built teacher."""
     assert isinstance(built.teacher, LiveTeacher)
     folder = spec.folder.resolve()
@@ -103,7 +115,7 @@ def train_teacher(composed: Composed, spec: StageSpec, built: Built, device: tor
             reporter.note(f"teacher found: {folder}")
         else:
             resume = (folder / "checkpoints").is_dir()
-            sub = Composed(dict(spec.tree), {}, dict(composed.choices), composed.recipe, list(composed.overrides), composed.config_dirs)
+            sub = as_composed(composed, spec)
             # A teacher may have seen more than its student (fit: {dataset.subset: null}).
             data = built.data if spec.tree["dataset"] == composed.tree["dataset"] else load_data(spec.tree)
             teacher_built = build(spec.tree, data, device, ranks)
@@ -111,7 +123,7 @@ def train_teacher(composed: Composed, spec: StageSpec, built: Built, device: tor
                 open_folder(folder, sub)
             ranks.barrier()
             stage = make_stage(spec.tree, teacher_built, device, ranks, spec.name, reporter)
-            run = StageRun(spec.tree, teacher_built, stage, folder, reporter)
+            run = StageRun(spec.tree, teacher_built, stage, folder, reporter, home)
             run.run(resume)
             trained = run.exported()
             if ranks.first:
@@ -145,7 +157,9 @@ def checked_claim(tree: Mapping[str, Any], measured: dict[str, Any]) -> dict[str
     """Raise `CheckFailed` where the measured teacher is outside the tolerance of what the recipe states."""
     claim = tree["teacher"].get("claim")
     tainted = tree["run"]["dry"] or tree["run"]["max_steps"]
-    if claim and not tainted and abs(measured[claim["metric"]] - claim["value"]) > claim["tolerance"]:
+    if claim and claim["metric"] not in measured:
+        raise Refused(Problem(f"'{claim['metric']}' is not measured of a teacher", "teacher.claim.metric", "", did_you_mean(claim["metric"], {*measured} - {"from", "sha256"})))
+    if claim and not tainted and not abs(measured[claim["metric"]] - claim["value"]) <= claim["tolerance"]:
         raise CheckFailed(
             f"the teacher scores {claim['metric']} {measured[claim['metric']]:.2f}, the recipe states {claim['value']} within {claim['tolerance']} ({claim.get('source', '')}).\n"
             f"  teacher {measured['from']}\n  remedy  check its weights, normalisation and class order; or teacher.claim=null to go on without the check"
@@ -216,8 +230,9 @@ def facts(composed: Composed, built: Built, device: torch.device) -> dict[str, s
     }
 
 
-def teacher_line(teacher: Mapping[str, Any]) -> str:
-    return f"teacher measured here: top1 {teacher['top1']:.2f} ({teacher['from']})"
+def teacher_line(teacher: Mapping[str, Any], metric: str) -> str:
+    measured = f" measured here: {metric} {teacher[metric]:.2f}" if metric in teacher else ""
+    return f"teacher{measured} ({teacher['from']})"
 
 
 __all__ = ["CheckFailed", "Problem", "Refused", "Result", "Stopped", "execute"]

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdrun.config.check import instantiate
 from kdrun.engine import loop, shard, state
-from kdrun.engine.build import Built, allowed, build_student_network
+from kdrun.engine.build import Built, build_student_network, open_source
 from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
@@ -39,9 +38,7 @@ class Stopped(KdrunError):
 def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks, name: str, reporter: Reporter) -> Stage:
     """The loop's view of a stage, at step 0."""
     hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
-    source = instantiate(tree["source"], "source", allowed(tree)).open(
-        built.data, "train", seed=tree["seed"], micro_batch=hardware["micro_batch"], rank=ranks.rank, world=ranks.world, device=device
-    )
+    source = open_source(tree, built.data, device, ranks)
     ema = build_ema(built.network, optim["ema"])
     compiled, reason = decide_compile(hardware, device, built.total_steps)
     reporter.note(reason)
@@ -62,14 +59,11 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
 
 def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter) -> Any:
     """Compile what is trained and the teacher, then share it over ranks. Only the learner is wrapped."""
-    normalisations = [m for m in learner.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if ranks.world > 1 and normalisations:
-        if device.type == "cuda":
-            learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
-        else:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
+        if ranks.world > 1 and device.type != "cuda":
             reporter.note("BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks")
-    elif normalisations and hardware["micro_batch"] is not None:
-        reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
+        elif hardware["micro_batch"] is not None:
+            reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
     if ranks.world > 1 and hardware["wrap"] == "fsdp2":
         return shard.shard(learner, ranks, device)
     forward: Any = learner
@@ -78,14 +72,16 @@ def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str
         if hasattr(built.teacher, "forward"):
             built.teacher.forward = torch.compile(built.teacher.forward)
     if ranks.world > 1:
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+        several = len(built.objective.phases) > 1  # then no phase gives every parameter a gradient
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=several)
     return forward
 
 
 class StageRun:
     """The hooks around the loop for one stage: metrics, evaluation, checkpoints, signals."""
 
-    def __init__(self, tree: Mapping[str, Any], built: Built, stage: Stage, folder: Path, reporter: Reporter) -> None:
+    def __init__(self, tree: Mapping[str, Any], built: Built, stage: Stage, folder: Path, reporter: Reporter, home: Path | None = None) -> None:
+        self.home = home or folder  # of the whole run, which is what is resumed
         self.tree, self.built, self.stage, self.folder, self.reporter = tree, built, stage, folder, reporter
         first = stage.ranks.first
         self.metrics = MetricsFile(folder, active=first)
@@ -145,7 +141,7 @@ class StageRun:
                 signal.signal(number, handler)
         if not finished:
             self.save(self.stage.step)
-            raise Stopped(f"stopped at step {self.stage.step} of {self.end}; go on with: kdrun resume {self.folder}")
+            raise Stopped(f"stopped at step {self.stage.step} of {self.end}; go on with: kdrun resume {self.home}")
         self.reporter.stage_done(self.stage.name)
 
     def network(self) -> nn.Module:

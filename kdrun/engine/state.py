@@ -54,7 +54,7 @@ def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
             step, state = load(candidate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             remarks.append(f"{candidate.name} is damaged ({error}); the one before it is used")
             continue
         return step, state, remarks
@@ -62,10 +62,14 @@ def newest(folder: Path) -> tuple[int, dict[str, Any], list[str]] | None:
 
 
 def load(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """Read one checkpoint folder. Raises OSError, ValueError, KeyError or TypeError where it is damaged."""
+    """Read one checkpoint folder. Raises OSError or ValueError where it is damaged."""
     document = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    digests = (_sha256(checkpoint / TENSORS), _digest(document["step"], document["state"]))
-    if digests != (document["sha256"], document["state_sha256"]):
+    try:
+        told = (document["sha256"], document["state_sha256"])
+        found = (_sha256(checkpoint / TENSORS), _digest(document["step"], document["state"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{STATE} is not that of a checkpoint: {error!r}") from error
+    if found != told:
         raise ValueError("checksum does not match")
     return int(document["step"]), _unpack(document["state"], load_file(checkpoint / TENSORS))
 

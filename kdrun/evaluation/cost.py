@@ -5,6 +5,7 @@ Every function leaves the module's train/eval flags and buffers and torch's rand
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,8 @@ def latency(module: nn.Module, input_shape: Sequence[int], batch_size: int = 1, 
     Returns `median_ms`, `min_ms` and `max_ms` of a batch of `batch_size` over `repeats` passes, and `samples_per_s` at the
     median. The clock waits for the device. Uses the process's current number of threads.
     """
-    # Imported here: on a machine with the CUDA toolkit and no GPU the import prints a warning.
+    # Imported here, and its logger quietened: on a machine with the CUDA toolkit and no GPU the import prints a warning.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
     sample = _zeros(module, input_shape, batch_size)

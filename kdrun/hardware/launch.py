@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def launch(composed: Composed, reporter: Reporter, folder: Path | None = None, r
         from kdrun.hardware.slurm import submit
 
         return submit(composed, reporter, folder, resume)
-    return in_ranks(composed, folder, resume, torchrun_command(composed))
+    return in_ranks(composed, folder, resume, torchrun_command(composed), watched=type(reporter) is not Reporter)
 
 
 def _here(composed: Composed, reporter: Reporter, folder: Path | None, resume: bool, data: Any) -> dict[str, Any]:
@@ -69,8 +71,8 @@ def write_spec(composed: Composed, folder: Path, resume: bool, spec: Path) -> No
     spec.write_text(json.dumps({"composed": to_document(composed), "folder": str(folder), "resume": resume}), encoding="utf-8")
 
 
-def in_ranks(composed: Composed, folder: Path, resume: bool, command: list[str]) -> dict[str, Any]:
-    """Run `command SPEC` and raise what its first rank raised, with its message and exit code."""
+def in_ranks(composed: Composed, folder: Path, resume: bool, command: list[str], watched: bool = True) -> dict[str, Any]:
+    """Run `command SPEC` and raise what its first rank raised, with its message and exit code. Progress is shown if `watched`."""
     with tempfile.TemporaryDirectory(prefix="kdrun-") as scratch:
         spec = Path(scratch) / "spec.json"
         write_spec(composed, folder, resume, spec)
@@ -78,14 +80,30 @@ def in_ranks(composed: Composed, folder: Path, resume: bool, command: list[str])
         environment.setdefault("OMP_NUM_THREADS", str(composed.tree["hardware"]["threads"] or max(1, (os.cpu_count() or 2) // 2)))
         errors = Path(scratch) / "stderr.txt"
         with open(errors, "w", encoding="utf-8") as log:
-            done = subprocess.run([*command, str(spec)], env=environment, stderr=log, check=False)
+            code = run_to_end([*command, str(spec)], env=environment, stdout=None if watched else subprocess.DEVNULL, stderr=log)
         ended = Path(scratch) / EXIT_FILE
         outcome = read_json(ended) if ended.exists() else None
         if outcome is not None:
             raise_again(outcome)
-        if done.returncode != 0:
+        if code != 0:
             raise RunFailed("a rank failed; the end of its log:\n" + "\n".join(errors.read_text(encoding="utf-8").splitlines()[-25:]))
     return read_json(folder / SUMMARY)
+
+
+def run_to_end(command: list[str], **options: Any) -> int:
+    """Run a command and return its exit code; SIGTERM and SIGINT are handed on to it, so that its ranks save and stop.
+
+    It has a session of its own: a terminal would send Ctrl-C to the ranks as well, and a second one ends them unsaved.
+    """
+    child = subprocess.Popen(command, start_new_session=True, **options)
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {n: signal.signal(n, lambda number, frame: child.send_signal(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def raise_again(outcome: dict[str, Any]) -> None:

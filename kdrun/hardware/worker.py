@@ -33,4 +33,7 @@ def main(spec: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # torchrun then ends its report with this rank's own traceback
+    sys.exit(record(main)(Path(sys.argv[1])))

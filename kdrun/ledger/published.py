@@ -22,15 +22,15 @@ class PublishedValue:
     protocol: str
 
 
-def lookup(published: Sequence[Mapping[str, Any]], choices: Mapping[str, str], name: str) -> PublishedValue | None:
-    """The cell of `name` (an objective or "teacher") in the first row whose conditions the choices meet, or None.
+def lookup(published: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], name: str) -> PublishedValue | None:
+    """The cell of `name` (an objective or "teacher") in the first row whose conditions hold, or None.
 
     A row is {if: [teacher=resnet32x4, student=resnet8x4], pld: [73.97, 0.05], at: 71.99, ...}: a value, or a value and
-    its standard deviation.
+    its standard deviation. Conditions speak of groups or of leaves (student.name=resnet50); `facts` has both.
     """
     for table in published:
         for row in table.get("rows", []):
-            if name not in row or not _meets(row.get("if", []), choices, WITHOUT.get(name)):
+            if name not in row or not _meets(row.get("if", []), facts, WITHOUT.get(name)):
                 continue
             cell = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
             spread = float(cell[1]) if len(cell) > 1 else None
@@ -38,6 +38,6 @@ def lookup(published: Sequence[Mapping[str, Any]], choices: Mapping[str, str], n
     return None
 
 
-def _meets(conditions: Sequence[str], choices: Mapping[str, str], ignored: str | None) -> bool:
+def _meets(conditions: Sequence[str], facts: Mapping[str, Any], ignored: str | None) -> bool:
     pairs = [str(c).partition("=")[::2] for c in conditions]
-    return all(choices.get(group) == option for group, option in pairs if group != ignored)
+    return all(str(facts.get(key)) == value for key, value in pairs if key.split(".")[0] != ignored)

@@ -9,16 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdrun.config.compose import COMMAND_LINE, NOT_SEMANTIC, Composed
+from kdrun.config.compose import COMMAND_LINE, NOT_SEMANTIC, Composed, compose
 from kdrun.engine import compare, provenance
 from kdrun.engine.compare import Job
-from kdrun.engine.records import read_json, write_json
+from kdrun.engine.records import write_json
+from kdrun.engine.run import taints
 from kdrun.errors import CheckFailed
 from kdrun.ledger.claims import ClaimResult, judge_claim, parse_claim
 from kdrun.ledger.published import lookup
 from kdrun.ledger.statistics import paired, summary
+from kdrun.ledger.table import read_ledger
 from kdrun.ledger.verdict import judge
 
+FREE_CHOICES = ("teacher", "student", "objective")  # of a recipe: every pair and method is a record of its own
 SHOWN = ("top1", "top5", "nll", "ece", "agreement", "kl_teacher", "pair_order")
 
 
@@ -29,7 +32,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     done = list(compare.finished(list(listed)))
     primary = tree["evaluation"]["primary"]
     claims = [judge_claim(text, table, primary) for text in tree["claims"] if _answerable(text, table, primary)]
-    published = lookup(tree["published"], composed.choices, method)
+    published = lookup(tree["published"], composed.facts(), method)
     measured = list(table.get(method, {}).get(primary, {}).values())
     verdict = judge(measured, dataclasses.asdict(published) if published else None, scale=tree["scale"], claims=claims)
     tainted = sorted({t for _, s in done for t in s["tainted"]})
@@ -51,32 +54,50 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
 
 
 def changed_from_recipe(composed: Composed) -> list[str]:
-    """What the command line set that changes the experiment; group choices and the seed are the recipe's own freedom."""
+    """What the command line set that changes the experiment; its pair, its objective and the seed are the recipe's own freedom."""
     semantic = {k.split(".")[0] for k in composed.tree} - set(NOT_SEMANTIC) - {"seed"}
-    return sorted(k for k, origin in composed.origins.items() if origin == COMMAND_LINE and k.split(".")[0] in semantic and k not in ("dataset.path",))
+    leaves = [k for k, origin in composed.origins.items() if origin == COMMAND_LINE and k.split(".")[0] in semantic and k not in ("dataset.path",)]
+    return sorted([*leaves, *(g for g in other_choices(composed) if g in semantic and g not in FREE_CHOICES)])
+
+
+def other_choices(composed: Composed) -> dict[str, str]:
+    """The options, by group, that the command line chose instead of the recipe's own."""
+    if composed.recipe is None:
+        return {}
+    own = compose([f"recipe={composed.recipe}"], composed.config_dirs).choices
+    return {group: option for group, option in composed.choices.items() if own.get(group) != option}
+
+
+def must_be_recordable(composed: Composed) -> None:
+    """Raise `CheckFailed`, before a run costs anything, for what its configuration alone keeps out of the ledger."""
+    _refuse([*taints(composed), *_not_the_recipe(composed, changed_from_recipe(composed))])
 
 
 def write_record(composed: Composed, document: Mapping[str, Any]) -> Path:
     """Put a finished comparison into <root>/ledger. Raises `CheckFailed` for what may not enter it."""
-    reasons = list(document["tainted"])
-    reasons += [f"{key} is set on the command line, not by the recipe" for key in document["changed"]]
-    if document["runs"] < document["planned_runs"]:
-        reasons.append(f"{document['planned_runs'] - document['runs']} of {document['planned_runs']} runs are missing")
-    if reasons:
-        raise CheckFailed("this may not enter the ledger: " + "; ".join(reasons))
+    missing = document["planned_runs"] - document["runs"]
+    reasons = [*document["tainted"], *_not_the_recipe(composed, document["changed"])]
+    _refuse([*reasons, *([f"{missing} of {document['planned_runs']} runs are missing"] if missing else [])])
     folder = Path(composed.tree["run"]["root"]) / "ledger"
     folder.mkdir(parents=True, exist_ok=True)
-    default = [f"{g}={composed.choices[g]}" for g in ("teacher", "student", "objective") if composed.set_by_user(g)]
-    name = "-".join([str(composed.recipe), *(d.replace("=", "_") for d in default)])
+    others = other_choices(composed)
+    name = "-".join([str(composed.recipe), *(f"{g}_{others[g]}" for g in FREE_CHOICES if g in others)])
     record = {k: v for k, v in document.items() if k not in ("folder", "tainted", "changed", "planned_runs")}
     record["teacher"] = {k: v for k, v in record["teacher"].items() if k != "from"}  # a path of one machine
     write_json(folder / f"{name}.json", record)
     return folder / f"{name}.json"
 
 
-def read_ledger(root: Path) -> list[dict[str, Any]]:
-    """All records of a ledger folder, by recipe."""
-    return [read_json(file) for file in sorted((root / "ledger").glob("*.json"))]
+def _not_the_recipe(composed: Composed, changed: Sequence[str]) -> list[str]:
+    if composed.recipe is None:
+        return ["a record is that of a recipe, and none is chosen (recipe=NAME)"]
+    return [f"{key} is set on the command line, not by the recipe" for key in changed]
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        remedy = "leave those settings to a recipe (one of your own joins by --config-dir), or run without run.ledger=true"
+        raise CheckFailed(f"this may not enter the ledger: {'; '.join(dict.fromkeys(reasons))}\n  remedy  {remedy}")
 
 
 def _answerable(text: str, table: Mapping[str, Any], primary: str) -> bool:
@@ -92,4 +113,4 @@ def _clean(claim: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in claim.items()}
 
 
-__all__ = ["ClaimResult", "assess", "changed_from_recipe", "read_ledger", "write_record"]
+__all__ = ["ClaimResult", "assess", "changed_from_recipe", "must_be_recordable", "read_ledger", "write_record"]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 COLUMNS = ("recipe", "published", "measured (95 % interval, n)", "rivals", "student alone", "teacher", "claims", "verdict", "cost")
+
+SCALES = (
+    ("paper", "At the published setting", "Not attempted yet: these need a GPU and hours."),
+    ("bench", "Bench: small honest experiments; the claim is the direction", "No record yet: `kdrun train recipe=pld_bench run.ledger=true` adds one."),
+)
+
+
+def read_ledger(root: Path) -> list[dict[str, Any]]:
+    """All records of <root>/ledger, by recipe."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((root / "ledger").glob("*.json"))]
 
 
 def cells(record: Mapping[str, Any]) -> list[str]:
@@ -44,14 +56,14 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
 def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, one table per scale: experiments of different size never share one."""
     parts = []
-    for scale, title in (("paper", "At the published setting"), ("bench", "Bench: small honest experiments; the claim is the direction")):
+    for scale, title, nothing in SCALES:
         chosen = [r for r in records if r["scale"] == scale]
         lines = [f"**{title}**", ""]
         if chosen:
             lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
             lines += ["| " + " | ".join(cells(r)) + " |" for r in chosen]
         else:
-            lines.append("Not attempted yet: these need a GPU and hours.")
+            lines.append(nothing)
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdrun.config.compose import flatten
+from kdrun.errors import Problem, Refused, did_you_mean
+
 # A change of the training code that changes results must change this number: trained teachers are kept by content.
 TEACHER_FORMAT = 2
 
@@ -28,6 +31,7 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
 
     By default it uses the student's schedule (as the published CIFAR protocol does); `teacher.fit` overrides single
     keys, e.g. {optim.lr: 0.05}. The folder is named by content, so every run that needs this teacher finds the same one.
+    Raises `Refused` where `teacher.fit` names a key that there is not.
     """
     node = tree["teacher"]
     if node.get("kind") != "live" or node.get("checkpoint") or node.get("pretrained"):
@@ -41,7 +45,7 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
     stage["seed"] = node.get("seed", 0)
     stage["optim"] = {**stage["optim"], "ema": None}
     stage["plan"] = {"kind": "single", "start_from": None}
-    for key, value in (node.get("fit") or {}).items():
+    for key, value in flatten(node.get("fit") or {}).items():
         _set(stage, key, value)
     content = {k: stage[k] for k in ("student", "dataset", "source", "optim", "seed")}
     content |= {"data": fingerprint, "format": TEACHER_FORMAT, "max_steps": stage["run"]["max_steps"], "dry": stage["run"]["dry"]}
@@ -52,7 +56,9 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
-    node = tree
+    node: Any = tree
     for parent in parents:
-        node = node[parent]
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        raise Refused(Problem("unknown key", f"teacher.fit.{key}", "", did_you_mean(key, flatten(tree))))
     node[leaf] = value

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -13,41 +11,10 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from kdrun.config.targets import ALLOWED, find, home_of, members
 from kdrun.errors import Problem, Refused, did_you_mean
 
-ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")  # top-level packages that `_target_` may name
 RESERVED = frozenset({"_target_", "taps", "checkpoint", "rename"})  # keys of a node that are not arguments of the network
-UNSET = (None, "", "???")
-
-
-def _members(owner: Any) -> list[str]:
-    """Names that may follow a module's or class's own in a dotted name."""
-    names = [name for name in dir(owner) if not name.startswith("_")]
-    if isinstance(owner, ModuleType) and hasattr(owner, "__path__"):
-        names += [info.name for info in pkgutil.iter_modules(owner.__path__)]
-    return names
-
-
-def _import(words: list[str], key: str) -> Any:
-    """The object of a dotted name: packages are imported as far as they go, the rest are attributes."""
-    found: Any = None
-    for i, word in enumerate(words):
-        path = ".".join(words[: i + 1])
-        if i and hasattr(found, word):
-            found = getattr(found, word)
-            continue
-        try:
-            found = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if not f"{path}.".startswith(f"{error.name}."):  # it exists, and something that IT imports does not
-                remedy = f"pip install {error.name}"
-                raise Refused(Problem(f"{path} needs the package {error.name}, which is not installed", key=key, remedy=remedy)) from error
-            if not i:
-                remedy = f"install {word}, or start kdrun where Python finds it (PYTHONPATH)"
-                raise Refused(Problem(f"no package {word!r}", key=key, remedy=remedy)) from error
-            owner = ".".join(words[:i])
-            raise Refused(Problem(f"{owner} has no {word!r}", key=key, remedy=did_you_mean(word, _members(found)))) from error
-    return found
 
 
 def _is_network(found: Any) -> bool:
@@ -72,20 +39,12 @@ def resolve(target: Any, allowed: Collection[str], key: str) -> Callable[..., An
     Raises `kdrun.errors.Refused` if it is not set, lies outside the allowed packages (also where an allowed package merely imports it:
     ``torch.os.system``), does not exist, or can be no network.
     """
-    if target in UNSET:
-        raise Refused(Problem("no network is chosen", key=key, remedy="set it to a dotted name: kdrun.student.resnet.resnet20, my.Net"))
+    found = find(target, allowed, key, "network")
     words = str(target).split(".")
-    if words[0] not in allowed:
-        what = f"{target} is outside the packages that may be named: {', '.join(allowed)}"
-        raise Refused(Problem(what, key=key, remedy=f"if you trust that package: run.allow=[{words[0]}]"))
-    found = _import(words, key)
-    home = (getattr(found, "__module__", None) or words[0]).partition(".")[0]
-    if home not in allowed:
-        what = f"{target} comes from {home}, outside the packages that may be named: {', '.join(allowed)}"
-        raise Refused(Problem(what, key=key, remedy="name a network by the module that defines it"))
+    home = home_of(found, words)
     if not (_is_network(found) or (inspect.isroutine(found) and (home not in ALLOWED or _gives_network(found)))):
         what = f"{target} is no torch.nn.Module class and no function that builds one"
-        within = did_you_mean(words[-1], _members(found)) if isinstance(found, ModuleType) else ""
+        within = did_you_mean(words[-1], members(found)) if isinstance(found, ModuleType) else ""
         raise Refused(Problem(what, key=key, remedy=within or "name a class derived from torch.nn.Module, or a function that returns one"))
     return found
 

@@ -25,7 +25,7 @@ class LiveTeacher:
     def renormalise(self, inputs: Tensor) -> Tensor:
         if self._affine is None:
             return inputs
-        scale, shift = self._affine
+        scale, shift = (v.to(inputs.device).view(-1, *[1] * (inputs.dim() - 2)) for v in self._affine)
         return inputs * scale + shift
 
     @torch.no_grad()
@@ -42,6 +42,6 @@ class LiveTeacher:
 
 
 def affine_between(mean_from: Any, std_from: Any, mean_to: Any, std_to: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) [C, 1, 1] that turn inputs normalised one way into inputs normalised another way."""
-    m0, s0, m1, s1 = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (mean_from, std_from, mean_to, std_to))
+    """(scale, shift) [C] that turn inputs normalised one way into inputs normalised another way: per channel, or per feature."""
+    m0, s0, m1, s1 = (torch.tensor(v, dtype=torch.float32) for v in (mean_from, std_from, mean_to, std_to))
     return s0 / s1, (m0 - m1) / s1

@@ -111,7 +111,7 @@ def test_a_target_outside_the_allowed_packages_is_refused_with_the_remedy() -> N
 
 
 @pytest.mark.parametrize(
-    "target", ["torch.os.system", "kdrun.student.build.importlib.import_module", "torch.nn.modules.module.functools.partial"]
+    "target", ["torch.os.system", "kdrun.config.targets.importlib.import_module", "torch.nn.modules.module.functools.partial"]
 )
 def test_what_an_allowed_package_merely_imports_is_refused(target: str) -> None:
     assert "outside the packages that may be named" in refusal({"_target_": target}, 3, (3, 8, 8))[0]

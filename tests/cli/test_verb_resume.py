@@ -1,0 +1,59 @@
+"""kdrun resume: the same run goes on with the same configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kdrun.engine.stage import StageRun
+from tests.cli.conftest import TAUGHT
+from tests.cli.told import Problem, only
+from tests.conftest import TINY, Outcome
+
+Refusal = Callable[..., list[Problem]]
+
+
+def test_a_stopped_run_says_how_to_go_on_and_ends_as_if_it_had_not_been_stopped(
+    kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRun, "stop_requested", lambda self: self.stage.name == "student" and self.stage.step >= 4)
+        stopped = kdrun("train", *TINY, *TAUGHT, "run.dir=run", "run.root=root", "-q")
+    assert stopped.code == 75
+    assert stopped.err.strip() == f"stopped: stopped at step 4 of 6; go on with: kdrun resume {here / 'run'}"
+    assert kdrun("ls", "runs", "--root=.", "--json").json[0]["state"] == "resumable"
+    resumed = kdrun("resume", "run")
+    assert resumed.code == 0, resumed.err
+    assert "student: goes on at step 4 of 6" in resumed.out
+    for name in ("student.safetensors", "metrics.jsonl"):
+        assert (here / "run" / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_a_finished_run_is_shown_again(kdrun: Callable[..., Outcome], finished: tuple[Path, Outcome]) -> None:
+    weights = (finished[0] / "student.safetensors").read_bytes()
+    outcome = kdrun("resume", str(finished[0]), "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["steps"] == 6
+    assert (finished[0] / "student.safetensors").read_bytes() == weights
+
+
+def test_overrides_are_refused_with_both_ways_on(refusal: Refusal, finished: tuple[Path, Outcome]) -> None:
+    folder = str(finished[0])
+    problem = only(refusal("resume", folder, "optim.lr=3", "seed=2"))
+    assert problem.head == "optim.lr=3 seed=2: a resumed run keeps its configuration"
+    assert f"kdrun resume {folder} goes on unchanged" in problem.remedy
+    assert f"kdrun train ... plan.start_from={folder} optim.lr=3 seed=2" in problem.remedy
+
+
+def test_the_second_way_on_works(kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]) -> None:
+    outcome = kdrun("train", *TINY, "objective=ce", f"plan.start_from={finished[0]}", "optim.lr=0.001", "run.dir=new")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_what_is_no_run_is_refused(refusal: Refusal, folder: str) -> None:
+    problem = only(refusal("resume", folder))
+    assert problem.head == "this is not a run folder (it has no run.json)"
+    assert "kdrun ls runs" in problem.remedy
