@@ -8,7 +8,8 @@ from kdrun.cli import doctor, evaluate, ledger, listing, plan, resume, show, tra
 
 app = typer.Typer(
     name="kdrun",
-    help="Knowledge distillation, one command an experiment. KEY=VALUE arguments are Hydra overrides: recipe=NAME chooses a recipe, every leaf can be set.",
+    help="Knowledge distillation, one command an experiment. KEY=VALUE arguments are Hydra overrides: recipe=NAME chooses a recipe, "
+    "every leaf can be set.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -24,7 +25,9 @@ app.command("doctor")(doctor.doctor)
 
 
 @app.callback()
-def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v))) -> None: ...
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True, callback=lambda v: _version(v)),
+) -> None: ...
 
 
 def _version(wanted: bool) -> None:

@@ -16,12 +16,31 @@ import typer
 from kdrun.cli.options import Json
 from kdrun.errors import EXIT_CHECK
 
-NEEDED = ("torch", "torchvision", "timm", "hydra-core", "omegaconf", "datasets", "torchmetrics", "scikit-learn", "scipy", "safetensors", "matplotlib", "rich", "typer", "filelock")
+NEEDED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "hydra-core",
+    "omegaconf",
+    "datasets",
+    "torchmetrics",
+    "scikit-learn",
+    "scipy",
+    "safetensors",
+    "matplotlib",
+    "rich",
+    "typer",
+    "filelock",
+)
 OPTIONAL = {"submitit": "cluster"}
 LOW_DISK_GB, LOW_MEMORY_GB = 2, 2
 
 
-def doctor(root: Annotated[str, typer.Option(help="Where runs will be kept.")] = "outputs", compile: Annotated[bool, typer.Option("--compile", help="Also try torch.compile (takes a while).")] = False, json: Json = False) -> None:
+def doctor(
+    root: Annotated[str, typer.Option(help="Where runs will be kept.")] = "outputs",
+    compile: Annotated[bool, typer.Option("--compile", help="Also try torch.compile (takes a while).")] = False,
+    json: Json = False,
+) -> None:
     """Check versions, devices, disk, data and write speed. Exit code 3 if something must be mended."""
     checks = [*_packages(), *_machine(), *_disk(Path(root)), *_data()]
     if compile:
@@ -41,13 +60,27 @@ def _row(name: str, state: str, found: str, remedy: str = "") -> dict[str, str]:
 
 
 def _packages() -> list[dict[str, str]]:
-    rows = [_row("python", "ok" if sys.version_info >= (3, 11) else "bad", sys.version.split()[0], "" if sys.version_info >= (3, 11) else "Python 3.11 or newer")]
+    rows = [
+        _row(
+            "python",
+            "ok" if sys.version_info >= (3, 11) else "bad",
+            sys.version.split()[0],
+            "" if sys.version_info >= (3, 11) else "Python 3.11 or newer",
+        )
+    ]
     for package in NEEDED:
         version = _version(package)
         rows.append(_row(package, "ok" if version else "bad", version or "missing", "" if version else f"pip install {package}"))
     for package, extra in OPTIONAL.items():
         version = _version(package)
-        rows.append(_row(package, "ok" if version else "note", version or "not installed (optional)", "" if version else f'pip install "kdrun[{extra}]"'))
+        rows.append(
+            _row(
+                package,
+                "ok" if version else "note",
+                version or "not installed (optional)",
+                "" if version else f'pip install "kdrun[{extra}]"',
+            )
+        )
     return rows
 
 
@@ -66,12 +99,21 @@ def _machine() -> list[dict[str, str]]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)
-            rows.append(_row(f"gpu {i}", "ok", f"{torch.cuda.get_device_name(i)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, bf16 {torch.cuda.is_bf16_supported()}"))
+            memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+            rows.append(_row(f"gpu {i}", "ok", f"{torch.cuda.get_device_name(i)}, {memory}, {bf16}"))
     else:
         rows.append(_row("gpu", "note", "none that torch can use", "bench recipes run on the CPU; paper-scale recipes want a GPU"))
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-        rows.append(_row("memory", "ok" if memory > LOW_MEMORY_GB else "bad", f"{memory:.1f} GiB free", "" if memory > LOW_MEMORY_GB else "close other programs"))
+        free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        rows.append(
+            _row(
+                "memory",
+                "ok" if free_gb > LOW_MEMORY_GB else "bad",
+                f"{free_gb:.1f} GiB free",
+                "" if free_gb > LOW_MEMORY_GB else "close other programs",
+            )
+        )
     return rows
 
 
@@ -90,16 +132,37 @@ def _disk(root: Path) -> list[dict[str, str]]:
         return [_row("disk", "bad", f"{parent} cannot be written ({error.strerror})", "give another run.root")]
     free = shutil.disk_usage(parent).free / 2**30
     state = "ok" if free > LOW_DISK_GB else "bad"
-    return [_row("disk", state, f"{free:.0f} GiB free under {parent}, writes {speed:.0f} MiB/s", "" if state == "ok" else "free some space, or another run.root")]
+    return [
+        _row(
+            "disk",
+            state,
+            f"{free:.0f} GiB free under {parent}, writes {speed:.0f} MiB/s",
+            "" if state == "ok" else "free some space, or another run.root",
+        )
+    ]
 
 
 def _data() -> list[dict[str, str]]:
     offline = any(os.environ.get(v) in ("1", "true", "True") for v in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    rows = [_row("hub", "note" if offline else "ok", "offline mode is set" if offline else "not set to offline", "data sets are read from dataset.path=FOLDER or the hub's cache" if offline else "")]
+    rows = [
+        _row(
+            "hub",
+            "note" if offline else "ok",
+            "offline mode is set" if offline else "not set to offline",
+            "data sets are read from dataset.path=FOLDER or the hub's cache" if offline else "",
+        )
+    ]
     folder = os.environ.get("KDRUN_DATA")
     if folder:
         found = sorted(p.name for p in Path(folder).iterdir() if p.is_dir()) if Path(folder).is_dir() else []
-        rows.append(_row("KDRUN_DATA", "ok" if found else "bad", f"{folder}: {', '.join(found) or 'nothing there'}", "" if found else "name a folder with one folder a data set"))
+        rows.append(
+            _row(
+                "KDRUN_DATA",
+                "ok" if found else "bad",
+                f"{folder}: {', '.join(found) or 'nothing there'}",
+                "" if found else "name a folder with one folder a data set",
+            )
+        )
     return rows
 
 

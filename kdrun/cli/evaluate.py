@@ -11,7 +11,10 @@ from kdrun.cli.options import ConfigDir, Json, Overrides
 
 
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, a folder checkpoints/step-..., or a file with a student's weights.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="RUN|CHECKPOINT", help="A run's folder, a folder checkpoints/step-..., or a file with a student's weights."),
+    ],
     overrides: Overrides = None,
     config_dir: ConfigDir = None,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Also time one sample on this machine.")] = True,
@@ -37,7 +40,11 @@ def evaluate(
         composed = compose([*own.overrides, *(overrides or [])], [*own.config_dirs, *(config_dir or [])], default_recipe=own.recipe)
     else:
         if not overrides:
-            raise Refused(Problem("this file says nothing of its network and data", what, "command line", "add recipe=NAME, or dataset=... student=..."))
+            raise Refused(
+                Problem(
+                    "this file says nothing of its network and data", what, "command line", "add recipe=NAME, or dataset=... student=..."
+                )
+            )
         composed = compose(overrides, config_dir or [])
     check(composed)
     from kdrun.engine.measure import measure

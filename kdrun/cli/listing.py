@@ -28,7 +28,11 @@ def ls(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Names only, one per line.")] = False,
 ) -> None:
     """List recipes, objectives, teachers, students, datasets or runs."""
-    rows = _runs(Path(root)) if what is What.runs else _options(what.value.removesuffix("s") if what is not What.recipes else "recipes", config_dir or [])
+    rows = (
+        _runs(Path(root))
+        if what is What.runs
+        else _options(what.value.removesuffix("s") if what is not What.recipes else "recipes", config_dir or [])
+    )
     if json:
         from kdrun.cli.console import print_json
 
@@ -53,7 +57,11 @@ def _describe(file: Path, group: str) -> dict[str, Any]:
     if group == "recipes":
         tree = yaml.safe_load(text) or {}
         paper = tree.get("paper") or {}
-        return {"scale": tree.get("scale", ""), "paper": f"{paper.get('title', '')} ({paper.get('year', '')})", "about": tree.get("about", "")}
+        return {
+            "scale": tree.get("scale", ""),
+            "paper": f"{paper.get('title', '')} ({paper.get('year', '')})",
+            "about": tree.get("about", ""),
+        }
     comments = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
     return {"about": comments[0] if comments else ""}
 
@@ -67,7 +75,15 @@ def _runs(root: Path) -> list[dict[str, Any]]:
         if folder.parent.name in ("teachers", "ledger"):
             continue
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) if (folder / "summary.json").is_file() else None
-        rows.append({"name": str(folder), "recipe": told["recipe"], "objective": told["choices"]["objective"], "state": _state(folder, summary), "result": _result(summary)})
+        rows.append(
+            {
+                "name": str(folder),
+                "recipe": told["recipe"],
+                "objective": told["choices"]["objective"],
+                "state": _state(folder, summary),
+                "result": _result(summary),
+            }
+        )
     return rows
 
 

@@ -10,8 +10,16 @@ from kdrun.cli.complete import complete_override
 
 DEFAULT_RECIPE = "pld_digits"
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides: recipe=NAME, group=option, leaf=value.", autocompletion=complete_override)]
-ConfigDir = Annotated[list[str] | None, typer.Option("--config-dir", help="A folder of your own with conf/<group>/*.yaml and recipes/*.yaml. May be repeated.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Hydra overrides: recipe=NAME, group=option, leaf=value.", autocompletion=complete_override
+    ),
+]
+ConfigDir = Annotated[
+    list[str] | None,
+    typer.Option("--config-dir", help="A folder of your own with conf/<group>/*.yaml and recipes/*.yaml. May be repeated."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results, no progress.")]
 

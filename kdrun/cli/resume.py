@@ -21,7 +21,9 @@ def resume(
     from kdrun.errors import Problem, Refused
 
     if overrides:
-        remedy = f"kdrun resume {run} goes on unchanged; a new run from its weights: kdrun train ... plan.start_from={run} {' '.join(overrides)}"
+        remedy = (
+            f"kdrun resume {run} goes on unchanged; a new run from its weights: kdrun train ... plan.start_from={run} {' '.join(overrides)}"
+        )
         raise Refused(Problem("a resumed run keeps its configuration", " ".join(overrides), "command line", remedy))
     folder = Path(run).resolve()
     composed = load_run(folder)

@@ -77,7 +77,10 @@ def _show_head(console: Any, composed: Any) -> None:
     tree = composed.tree
     paper = tree["paper"]
     if paper:
-        console.print(f"[bold]{escape(paper['title'])}[/] ({escape(str(paper.get('venue') or ''))} {paper['year']}, arXiv {paper.get('arxiv')})", soft_wrap=True)
+        console.print(
+            f"[bold]{escape(paper['title'])}[/] ({escape(str(paper.get('venue') or ''))} {paper['year']}, arXiv {paper.get('arxiv')})",
+            soft_wrap=True,
+        )
     if tree["about"]:
         console.print(escape(tree["about"].strip()), soft_wrap=True)
     file = SearchPath.of(composed.config_dirs).file("objective", composed.choices["objective"])

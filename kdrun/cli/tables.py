@@ -30,13 +30,29 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
     table = Table()
     for heading in ("", "measured", *(["published", "difference", "from"] if paper else [])):
         table.add_column(heading, justify="left" if heading in ("", "from") else "right")
-    rows = [(f"{composed.choices['objective']} ({composed.choices['student']})", summary["value"], lookup(tree["published"], facts, composed.choices["objective"]))]
+    rows = [
+        (
+            f"{composed.choices['objective']} ({composed.choices['student']})",
+            summary["value"],
+            lookup(tree["published"], facts, composed.choices["objective"]),
+        )
+    ]
     if summary["teacher"]:
-        rows.insert(0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], facts, "teacher")))
+        rows.insert(
+            0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], facts, "teacher"))
+        )
     for name, value, published in rows:
         cells = [name, f"{value:.2f}"]
         if paper:
-            cells += [f"{published.value:.2f}", f"{value - published.value:+.2f}", f"{published.table}, {published.protocol}, n={published.n or '?'}"] if published else ["-", "", ""]
+            cells += (
+                [
+                    f"{published.value:.2f}",
+                    f"{value - published.value:+.2f}",
+                    f"{published.table}, {published.protocol}, n={published.n or '?'}",
+                ]
+                if published
+                else ["-", "", ""]
+            )
         table.add_row(*cells)
     console.print(table)
     others = {k: v for k, v in summary["test"].items() if k != metric}
@@ -54,7 +70,9 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
     """The end of a comparison: every arm with its interval, differences to the method paired by seed, claims, verdict."""
     metric, method = document["metric"], document["method"]
     n = len(document["seeds"])
-    console.print(f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", soft_wrap=True)
+    console.print(
+        f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", soft_wrap=True
+    )
     table = Table()
     table.add_column("arm")
     for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):

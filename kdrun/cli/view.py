@@ -75,7 +75,10 @@ class PlainReporter(Reporter):
         self._last_line = time.monotonic()
         rate = record.get("images_per_s")
         speed = f"  {rate:,.0f}/s  ETA {_clock((self._total - step) * self._batch / rate)}" if rate else ""
-        self.console.print(f"{name} step {step}/{self._total}  loss {record['loss']:.4f}  {terms_text(record)}  lr {record['lr']:.3g}{speed}", soft_wrap=True)
+        self.console.print(
+            f"{name} step {step}/{self._total}  loss {record['loss']:.4f}  {terms_text(record)}  lr {record['lr']:.3g}{speed}",
+            soft_wrap=True,
+        )
 
     def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
         self.console.print(f"{name} epoch {epoch:.4g}  {metrics_text(results)}", soft_wrap=True)
@@ -91,7 +94,13 @@ class LiveReporter(PlainReporter):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"), TimeRemainingColumn()]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(),
+        ]
         self.progress = Progress(*columns, console=console, refresh_per_second=4, transient=True)
         self._task: TaskID | None = None
         self._per_epoch = 1
@@ -110,7 +119,9 @@ class LiveReporter(PlainReporter):
             return
         rate = f" {record['images_per_s']:,.0f}/s" if record.get("images_per_s") else ""
         memory = f" {record['memory_bytes'] / 2**30:.1f} GiB"
-        detail = f"epoch {step / self._per_epoch:.1f}  loss {record['loss']:.3f} ({terms_text(record)})  lr {record['lr']:.2g}{rate}{memory}"
+        detail = (
+            f"epoch {step / self._per_epoch:.1f}  loss {record['loss']:.3f} ({terms_text(record)})  lr {record['lr']:.2g}{rate}{memory}"
+        )
         self.progress.update(self._task, detail=escape(detail))
 
     def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:

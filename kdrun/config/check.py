@@ -23,9 +23,7 @@ def check(composed: Composed, build: bool = True) -> None:
     """Raise `Refused` with all problems. `build=False` skips what would import torch."""
     found = _Findings(composed)
     found.tree(composed.tree, schema.Top, "")
-    for group in schema.FIXED:
-        if not isinstance(composed.tree.get(group), Mapping):
-            found.add("a group of settings is needed here", group, f"choose one: {group}=...")
+    found.complete(composed.tree, {"seed": int, **schema.FIXED}, "")
     found.section(composed.tree.get("teacher"), schema.TeacherKeys, "teacher")
     found.section(composed.tree.get("student"), schema.StudentKeys, "student")
     for group in ("teacher", "student", "dataset", "source", "objective", "evaluation"):
@@ -36,7 +34,7 @@ def check(composed: Composed, build: bool = True) -> None:
         if group not in wrong:
             found.signature(composed.tree.get(group), group)
     if build and "optim" not in wrong:
-        found.optimiser(str(composed.tree["optim"]["name"]))
+        found.optimiser(composed.tree["optim"]["name"])
     problems = [*composed.problems, *found.problems]
     if problems:
         raise Refused(sorted(problems, key=lambda p: (p.where, p.key)))
@@ -95,6 +93,15 @@ class _Findings:
             else:
                 self.value(value, hints[key], name)
 
+    def complete(self, node: Mapping[str, Any], hints: Mapping[str, Any], prefix: str) -> None:
+        """The fixed parts must have all of their keys: `~optim.lr` and a group file of one's own may have left some out."""
+        for key, hint in hints.items():
+            name = f"{prefix}{key}"
+            if key not in node:
+                self.add("this key is missing", name, f"set {name}=..., or leave out ~{name}")
+            elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(node[key], Mapping):
+                self.complete(node[key], get_type_hints(hint), f"{name}.")
+
     def section(self, node: Any, cls: type, prefix: str) -> None:
         """Check the known keys of a part that also carries a model's own arguments."""
         hints = get_type_hints(cls)
@@ -108,7 +115,9 @@ class _Findings:
                 self.tree(value, hint, name)
             else:
                 keys = [f.name for f in dataclasses.fields(hint)]
-                self.add(f"a group of keys is needed, not {value!r}", name, f"set a key of it: {', '.join(f'{name}.{k}' for k in keys[:4])}, ...")
+                self.add(
+                    f"a group of keys is needed, not {value!r}", name, f"set a key of it: {', '.join(f'{name}.{k}' for k in keys[:4])}, ..."
+                )
         elif get_origin(hint) is list and isinstance(value, list) and dataclasses.is_dataclass(get_args(hint)[0]):
             for i, item in enumerate(value):
                 self.value(item, get_args(hint)[0], f"{name}.{i}")
@@ -126,7 +135,11 @@ class _Findings:
             return
         package = str(target).split(".")[0]
         if package not in self.allowed:
-            self.add(f"'{target}' lies outside the packages that a configuration may name", f"{group}._target_", f"if you trust it: run.allow=[{package}]")
+            self.add(
+                f"'{target}' lies outside the packages that a configuration may name",
+                f"{group}._target_",
+                f"if you trust it: run.allow=[{package}]",
+            )
 
     def optimiser(self, name: str) -> None:
         from timm.optim import list_optimizers
@@ -186,7 +199,9 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple:
         return isinstance(value, (list, tuple)) and (
-            all(fits(v, args[0]) for v in value) if len(args) == 2 and args[1] is ... else len(value) == len(args) and all(map(fits, value, args))
+            all(fits(v, args[0]) for v in value)
+            if len(args) == 2 and args[1] is ...
+            else len(value) == len(args) and all(map(fits, value, args))
         )
     if origin in (list, Sequence):
         return isinstance(value, (list, tuple)) and all(fits(v, args[0]) for v in value)
@@ -211,5 +226,10 @@ def describe(hint: Any) -> str:
 
 
 def _legal(value: Any, hint: Any) -> str:
-    words = [str(a) for part in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)) if get_origin(part) is Literal for a in get_args(part)]
+    words = [
+        str(a)
+        for part in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,))
+        if get_origin(part) is Literal
+        for a in get_args(part)
+    ]
     return did_you_mean(str(value), words) if words else f"give {describe(hint)}"

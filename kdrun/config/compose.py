@@ -81,7 +81,9 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), de
     if not tree:
         raise Refused(problems)
     tree.pop("when", None)
-    return Composed(tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs], problems)
+    return Composed(
+        tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs], problems
+    )
 
 
 def _parse(overrides: Sequence[str], search: SearchPath) -> tuple[list[Override], list[Problem]]:
@@ -94,7 +96,11 @@ def _parse(overrides: Sequence[str], search: SearchPath) -> tuple[list[Override]
             parsed.append(parser.parse_override(text))
         except HydraException as error:
             what = str(error).splitlines()[0]
-            problems.append(Problem(f"cannot be read as an override ({what})", text, COMMAND_LINE, "write key=value; quote values with spaces or commas"))
+            problems.append(
+                Problem(
+                    f"cannot be read as an override ({what})", text, COMMAND_LINE, "write key=value; quote values with spaces or commas"
+                )
+            )
     return parsed, problems
 
 
@@ -149,7 +155,9 @@ def _hydra(search: SearchPath, choices: Mapping[str, str], recipe: str | None) -
             config = hydra_compose("config", overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         where = f"recipes/{recipe}.yaml" if recipe else "conf"
-        raise Refused(Problem(f"the configuration cannot be composed: {error}", "", where, "see `kdrun ls` for what each group offers")) from error
+        raise Refused(
+            Problem(f"the configuration cannot be composed: {error}", "", where, "see `kdrun ls` for what each group offers")
+        ) from error
     chosen = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
     OmegaConf.set_struct(config, False)
     del config["hydra"]
@@ -164,7 +172,9 @@ def _apply_when(config: DictConfig, choices: Mapping[str, str], given: list[str]
         wrong = [c for c in conditions if c.partition("=")[0].split(".")[0] not in GROUPS or not c.partition("=")[2]]
         if wrong or not conditions:
             remedy = "e.g. if: [objective=dkd] or if: [teacher.name=resnet152]"
-            problems.append(Problem("a condition is a list of group=option or key=value", f"when.{number}.if", f"recipes/{recipe}.yaml", remedy))
+            problems.append(
+                Problem("a condition is a list of group=option or key=value", f"when.{number}.if", f"recipes/{recipe}.yaml", remedy)
+            )
             continue
         pairs = [c.partition("=")[::2] for c in conditions]
         if not all(str(choices.get(k, OmegaConf.select(config, k))) in options.split("|") for k, options in pairs):
@@ -192,7 +202,9 @@ def _apply(config: DictConfig, override: Override, given: list[str], origins: Or
         try:
             OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
         except OmegaConfBaseException as error:
-            problems.append(Problem(f"cannot be set ({str(error).splitlines()[0]})", key, COMMAND_LINE, "set the whole node, or a leaf of it"))
+            problems.append(
+                Problem(f"cannot be set ({str(error).splitlines()[0]})", key, COMMAND_LINE, "set the whole node, or a leaf of it")
+            )
         for leaf in [o for o in origins if o.startswith(key + ".")]:
             del origins[leaf]
         origins[key] = COMMAND_LINE

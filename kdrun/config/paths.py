@@ -29,7 +29,12 @@ class SearchPath:
         extra = [Path(d).expanduser().resolve() for d in config_dirs]
         missing = [d for d in extra if not d.is_dir()]
         if missing:
-            raise Refused([Problem("no such folder", str(d), "--config-dir", "give a folder with conf/<group>/*.yaml or recipes/*.yaml") for d in missing])
+            raise Refused(
+                [
+                    Problem("no such folder", str(d), "--config-dir", "give a folder with conf/<group>/*.yaml or recipes/*.yaml")
+                    for d in missing
+                ]
+            )
         return SearchPath((home(), *extra))
 
     def conf_dirs(self) -> list[Path]:

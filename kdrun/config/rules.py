@@ -9,8 +9,15 @@ from kdrun.config.compose import Composed
 from kdrun.errors import Problem
 
 POSITIVE = (
-    "optim.lr", "optim.epochs", "run.log_every", "run.checkpoint_every", "run.keep", "run.max_steps", "source.batch_size",
-    "hardware.procs", "hardware.threads",
+    "optim.lr",
+    "optim.epochs",
+    "run.log_every",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.max_steps",
+    "source.batch_size",
+    "hardware.procs",
+    "hardware.threads",
 )
 
 
@@ -44,10 +51,17 @@ def _ranges(composed: Composed) -> Iterator[Problem]:
 def _protocol(composed: Composed) -> Iterator[Problem]:
     protocol, validation = _get(composed.tree, "evaluation.protocol"), _get(composed.tree, "dataset.validation")
     if protocol == "best_val" and not validation:
-        yield _problem(composed, "best_val needs a validation split, and there is none", "evaluation.protocol", "dataset.validation=0.1, or evaluation.protocol=last")
+        yield _problem(
+            composed,
+            "best_val needs a validation split, and there is none",
+            "evaluation.protocol",
+            "dataset.validation=0.1, or evaluation.protocol=last",
+        )
     if protocol == "best_test" and composed.origins.get("evaluation.protocol", "").startswith(("command line", "conf/")):
         yield _problem(
-            composed, "choosing the epoch by test accuracy is refused unless the paper did it and its recipe says so", "evaluation.protocol",
+            composed,
+            "choosing the epoch by test accuracy is refused unless the paper did it and its recipe says so",
+            "evaluation.protocol",
             "evaluation.protocol=last, or best_val with dataset.validation=0.1",
         )
 
@@ -56,12 +70,18 @@ def _micro_batch(composed: Composed) -> Iterator[Problem]:
     micro, batch = _get(composed.tree, "hardware.micro_batch"), _get(composed.tree, "source.batch_size")
     sizes = [s for s in (micro if isinstance(micro, list) else [micro]) if isinstance(s, int)]
     if any(s < 1 for s in sizes):
-        yield _problem(composed, "a micro-batch has at least one sample", "hardware.micro_batch", "hardware.micro_batch=null for the whole batch")
+        yield _problem(
+            composed, "a micro-batch has at least one sample", "hardware.micro_batch", "hardware.micro_batch=null for the whole batch"
+        )
     ranks = _get(composed.tree, "hardware.procs") or 1
     typed = isinstance(micro, list) and len(sizes) == len(micro) and isinstance(batch, int) and isinstance(ranks, int)
     if typed and sum(sizes) * ranks != batch:
-        yield _problem(composed, f"sizes {sizes} make {sum(sizes)} samples a rank; source.batch_size={batch} over {ranks} rank(s) needs {batch / ranks:g}",
-                       "hardware.micro_batch", "make them add up, or give one number")
+        yield _problem(
+            composed,
+            f"sizes {sizes} make {sum(sizes)} samples a rank; source.batch_size={batch} over {ranks} rank(s) needs {batch / ranks:g}",
+            "hardware.micro_batch",
+            "make them add up, or give one number",
+        )
 
 
 def _teacher(composed: Composed) -> Iterator[Problem]:
@@ -70,7 +90,12 @@ def _teacher(composed: Composed) -> Iterator[Problem]:
         return
     for given, other in (("mean", "std"), ("std", "mean")):
         if node.get(given) is not None and node.get(other) is None:
-            yield _problem(composed, f"a normalisation is a mean and a std, and teacher.{other} is null", f"teacher.{given}", f"set teacher.{other} too")
+            yield _problem(
+                composed,
+                f"a normalisation is a mean and a std, and teacher.{other} is null",
+                f"teacher.{given}",
+                f"set teacher.{other} too",
+            )
 
 
 def _hardware(composed: Composed) -> Iterator[Problem]:

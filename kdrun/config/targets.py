@@ -43,7 +43,9 @@ def component(target: Any, allowed: Collection[str], group: str) -> type:
     found = find(target, allowed, key, group)
     if not inspect.isclass(found) or not hasattr(found, MUST_HAVE[group]):
         near = did_you_mean(str(target).rpartition(".")[2], members(found)) if isinstance(found, ModuleType) else ""
-        raise Refused(Problem(f"{target} is no class with a method '{MUST_HAVE[group]}'", key=key, remedy=near or f"name a class made as a {group}"))
+        raise Refused(
+            Problem(f"{target} is no class with a method '{MUST_HAVE[group]}'", key=key, remedy=near or f"name a class made as a {group}")
+        )
     return found
 
 

@@ -87,7 +87,9 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     samples = len(data.splits["train"])
     per_epoch = samples // batch_size if tree["source"].get("drop_last") else -(-samples // batch_size)
     if per_epoch == 0:
-        raise Refused(Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}"))
+        raise Refused(
+            Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}")
+        )
     total_steps = max(1, round(tree["optim"]["epochs"] * per_epoch))
     torch.manual_seed(rng.key(tree["seed"], "connectors"))
     context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
@@ -129,12 +131,14 @@ def build_teacher(tree: Mapping[str, Any], data: Data, wanted: tuple[str, ...], 
         return NoTeacher()  # its problems are on the list; nothing will run
     tapped = Tapped(module, node.get("taps") or {}, wanted, "teacher.taps")
     affine = None
-    if node.get("mean") is not None and node.get("renormalise"):
+    if node.get("mean") is not None and node.get("renormalise") and not problems:
         affine = affine_between(data.mean, data.std, node["mean"], node["std"])
     return LiveTeacher(tapped, spec, affine)
 
 
-def _spec(network: nn.Module, node: Mapping[str, Any], data: Data, wanted: tuple[str, ...], who: str, problems: list[Problem]) -> ModelSpec | None:
+def _spec(
+    network: nn.Module, node: Mapping[str, Any], data: Data, wanted: tuple[str, ...], who: str, problems: list[Problem]
+) -> ModelSpec | None:
     """The outside of a network on this data, or None with the reasons on the list."""
     try:
         spec = model_spec(network, data.input_shape, node.get("taps") or {}, wanted, f"{who}.taps")
@@ -152,38 +156,90 @@ def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
     found = []
     classes = node.get("classes")
     if classes is not None and classes != data.classes:
-        found.append(Problem(f"the teacher has {classes} classes, {data.name} has {data.classes}", "teacher.classes", "", "choose a teacher for this data set"))
+        found.append(
+            Problem(
+                f"the teacher has {classes} classes, {data.name} has {data.classes}",
+                "teacher.classes",
+                "",
+                "choose a teacher for this data set",
+            )
+        )
     size = node.get("input_size")
     if size is not None and tuple(size) != tuple(data.input_shape):
-        found.append(Problem(f"the teacher was made for inputs {list(size)}, {data.name} gives {list(data.input_shape)}", "teacher.input_size", "",
-                             "choose another teacher, or the data set's transform that gives its size"))
+        found.append(
+            Problem(
+                f"the teacher was made for inputs {list(size)}, {data.name} gives {list(data.input_shape)}",
+                "teacher.input_size",
+                "",
+                "choose another teacher, or the data set's transform that gives its size",
+            )
+        )
     mean, std = node.get("mean"), node.get("std")
     if mean is None or std is None:
         if mean is not std:
             missing = "mean" if mean is None else "std"
-            found.append(Problem("mean and std say one thing together", f"teacher.{missing}", "", f"give teacher.{missing} too, or neither"))
+            found.append(
+                Problem("mean and std say one thing together", f"teacher.{missing}", "", f"give teacher.{missing} too, or neither")
+            )
     elif node.get("renormalise") and (len(mean), len(std)) != (len(data.mean), len(data.std)):
-        found.append(Problem(f"{len(mean)} means and {len(std)} standard deviations, where {data.name} has {len(data.mean)}", "teacher.mean", "", "one for each of its channels"))
+        found.append(
+            Problem(
+                f"{len(mean)} means and {len(std)} standard deviations, where {data.name} has {len(data.mean)}",
+                "teacher.mean",
+                "",
+                "one for each of its channels",
+            )
+        )
     elif not node.get("renormalise"):
         ours = [*data.mean, *data.std]
         same = len(ours) == len(mean) + len(std) and all(abs(a - b) < 1e-3 for a, b in zip([*mean, *std], ours, strict=True))
         if not same:
-            found.append(Problem(f"the teacher was trained with mean {list(mean)}, std {list(std)}; {data.name} is normalised with {list(data.mean)}, {list(data.std)}",
-                                 "teacher.mean", "", "teacher.renormalise=true hands it inputs normalised its own way"))
+            found.append(
+                Problem(
+                    f"the teacher was trained with mean {list(mean)}, std {list(std)}; "
+                    f"{data.name} is normalised with {list(data.mean)}, {list(data.std)}",
+                    "teacher.mean",
+                    "",
+                    "teacher.renormalise=true hands it inputs normalised its own way",
+                )
+            )
     return found
 
 
 def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, problems: list[Problem]) -> None:
     needs, name = objective.needs(), type(objective).__name__
     if (needs.teacher_logits or needs.teacher_taps) and tree["teacher"].get("kind", "none") == "none":
-        problems.append(Problem(f"{name} needs a teacher and there is none", "teacher", "", "choose one, e.g. teacher=resnet56 (`kdrun ls teachers`), or objective=ce"))
+        problems.append(
+            Problem(
+                f"{name} needs a teacher and there is none",
+                "teacher",
+                "",
+                "choose one, e.g. teacher=resnet56 (`kdrun ls teachers`), or objective=ce",
+            )
+        )
     if needs.teacher_taps and isinstance(teacher, TruthTeacher):
-        problems.append(Problem(f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"))
+        problems.append(
+            Problem(
+                f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"
+            )
+        )
     rows = {*data.splits["train"].extra}
     wanted = {*needs.extra, *([teacher.row] if isinstance(teacher, TruthTeacher) else [])}
     for row in sorted(wanted - rows):
-        problems.append(Problem(f"{data.name} has no '{row}' rows", "dataset", "", f"rows it has: {', '.join(sorted(rows)) or 'none'}; a world with a known truth: dataset=gaussians"))
+        problems.append(
+            Problem(
+                f"{data.name} has no '{row}' rows",
+                "dataset",
+                "",
+                f"rows it has: {', '.join(sorted(rows)) or 'none'}; a world with a known truth: dataset=gaussians",
+            )
+        )
     if objective.coupling == "batch" and tree["hardware"]["micro_batch"] is not None:
-        problems.append(Problem(f"{name} compares samples of a batch with each other, so the batch cannot be split", "hardware.micro_batch", "",
-                                "hardware.micro_batch=null, with a smaller source.batch_size if memory is short"))
-
+        problems.append(
+            Problem(
+                f"{name} compares samples of a batch with each other, so the batch cannot be split",
+                "hardware.micro_batch",
+                "",
+                "hardware.micro_batch=null, with a smaller source.batch_size if memory is short",
+            )
+        )

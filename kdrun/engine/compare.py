@@ -110,5 +110,7 @@ def finished(listed: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
 
 def write_comparison(folder: Path, listed: list[Job]) -> None:
     """The comparison's own record, rewritten after every job."""
-    rows = [{"arm": j.arm, "seed": j.seed, "folder": str(j.folder.relative_to(folder)), "done": (j.folder / SUMMARY).is_file()} for j in listed]
+    rows = [
+        {"arm": j.arm, "seed": j.seed, "folder": str(j.folder.relative_to(folder)), "done": (j.folder / SUMMARY).is_file()} for j in listed
+    ]
     write_json(folder / COMPARISON, {"jobs": rows, "results": results(listed)})

@@ -16,6 +16,7 @@ from kdrun.engine.build import Built, build, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
+from kdrun.engine.run import title
 from kdrun.engine.stage import make_stage
 from kdrun.evaluation import cost
 from kdrun.plan.single import teacher_stage
@@ -74,7 +75,10 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     built = build(tree, data, device, Ranks())
     needs = built.objective.needs()
     models = {"student": _model(built.network, data)}
-    taps = {f"student {n}": list(s) for n, s in model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps).taps.items()}
+    taps = {
+        f"student {n}": list(s)
+        for n, s in model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps).taps.items()
+    }
     if isinstance(built.teacher, LiveTeacher) and built.teacher.spec is not None:
         models["teacher"] = _model(bare(built.teacher.module), data)
         taps |= {f"teacher {n}": list(s) for n, s in built.teacher.spec.taps.items()}
@@ -82,8 +86,13 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     micro = tree["hardware"]["micro_batch"] or batch
     micro = max(micro) if isinstance(micro, list) else min(int(micro), batch)
     document: dict[str, Any] = {
-        "title": f"{composed.recipe or 'run'}: {composed.choices['objective']}, {composed.choices['teacher']} -> {composed.choices['student']} on {data.name}",
-        "models": models, "taps": taps, "steps_per_epoch": built.steps_per_epoch, "total_steps": built.total_steps, "batch": batch, "micro_batch": micro,
+        "title": f"{title(composed)} on {data.name}",
+        "models": models,
+        "taps": taps,
+        "steps_per_epoch": built.steps_per_epoch,
+        "total_steps": built.total_steps,
+        "batch": batch,
+        "micro_batch": micro,
         "teacher_is_trained_first": teacher_stage(composed.tree, data.fingerprint) is not None,
     }
     if probe:
@@ -96,11 +105,17 @@ def _model(network: torch.nn.Module, data: Data) -> dict[str, Any]:
     return {"parameters": cost.parameters(network), "flops": cost.flops(network, data.input_shape), "output": f"[B, {data.classes}]"}
 
 
-def _probe(tree: Mapping[str, Any], built: Built, models: Mapping[str, Mapping[str, Any]], micro: int, device: torch.device) -> dict[str, Any]:
+def _probe(
+    tree: Mapping[str, Any], built: Built, models: Mapping[str, Mapping[str, Any]], micro: int, device: torch.device
+) -> dict[str, Any]:
     """Real steps on random inputs of a size that this machine does in seconds; memory and time scale with the samples."""
     per_sample = 3 * models["student"]["flops"] + models.get("teacher", {"flops": 0})["flops"]
     samples = max(2, min(micro, len(built.data.splits["train"]), int(PROBE_FLOPS / max(1, per_sample))))
-    small = {**tree, "source": {**tree["source"], "batch_size": samples}, "hardware": {**tree["hardware"], "micro_batch": None, "compile": "off"}}
+    small = {
+        **tree,
+        "source": {**tree["source"], "batch_size": samples},
+        "hardware": {**tree["hardware"], "micro_batch": None, "compile": "off"},
+    }
     stage = make_stage(small, built, device, Ranks(), "student", Reporter())
     saved: dict[int, int] = {}
 
@@ -120,7 +135,8 @@ def _probe(tree: Mapping[str, Any], built: Built, models: Mapping[str, Mapping[s
     seconds = (time.perf_counter() - started) / PROBE_STEPS / samples
     states = [v for o in stage.optimizers.values() for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
     memory = {
-        "weights and gradients": 2 * _bytes(list(stage.learner.parameters())), "optimiser state": _bytes(states),
+        "weights and gradients": 2 * _bytes(list(stage.learner.parameters())),
+        "optimiser state": _bytes(states),
         "teacher": _bytes(list(built.teacher.module.parameters())) if isinstance(built.teacher, LiveTeacher) else 0,
         "activations": int(activations * micro),
     }
@@ -147,9 +163,14 @@ def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dic
     if "memory_bytes" in document:
         parts = document["memory_bytes"]
         shown = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items() if size)
-        found["memory"] = f"{sum(parts.values()) / 2**20:,.0f} MiB ({shown}; micro-batch of {document['micro_batch']}), beside torch itself and the data"
+        found["memory"] = (
+            f"{sum(parts.values()) / 2**20:,.0f} MiB ({shown}; micro-batch of {document['micro_batch']}), beside torch itself and the data"
+        )
         seconds = document["seconds_per_sample"] * samples * epochs
-        found["time"] = f"{_duration(seconds)} for the student on {document['machine']} (probed with {document['probe_samples']} samples a step; evaluation not counted)"
+        found["time"] = (
+            f"{_duration(seconds)} for the student on {document['machine']} "
+            f"(probed with {document['probe_samples']} samples a step; evaluation not counted)"
+        )
     seeds = composed.tree["run"]["seeds"] or [composed.tree["seed"]]
     arms = 1 + (len(composed.tree["rivals"]) if composed.tree["run"]["rivals"] else 0)
     if len(seeds) * arms > 1:

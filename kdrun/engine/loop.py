@@ -197,14 +197,16 @@ def stop_if_not_finite(
     what = f"term{'s' if len(bad) > 1 else ''} {', '.join(bad)}" if bad else "the gradient (every term is finite)"
     bundle = {"stage": stage.name, "step": stage.step + 1, "phase": phase, "terms": values, "grad_norm": float(grad_norm), "ids": ids}
     shown = ", ".join(map(str, ids[:6])) + (", ..." if len(ids) > 6 else "")
-    raise NotFinite(f"not finite at step {stage.step + 1} of {stage.name}, phase {phase}: {what}; batch of {len(ids)} samples, ids {shown}. The update was not made.", bundle)
+    where = f"step {stage.step + 1} of {stage.name}, phase {phase}"
+    raise NotFinite(f"not finite at {where}: {what}; batch of {len(ids)} samples, ids {shown}. The update was not made.", bundle)
 
 
 def assert_healthy(stage: Stage) -> None:
     """The deferred finite check (one host sync). Called before anything is saved or reported."""
     if stage.first_bad_step is not None and int(stage.first_bad_step) > 0:
         step = int(stage.first_bad_step)
-        message = f"not finite since step {step} of {stage.name}; nothing was saved after it. hardware.device=cpu or run.log_every=1 names the term."
+        message = f"not finite since step {step} of {stage.name}; nothing was saved after it."
+        message += " hardware.device=cpu or run.log_every=1 names the term."
         raise NotFinite(message, {"stage": stage.name, "step": step})
 
 

@@ -65,7 +65,9 @@ def load_student(network: nn.Module, learner: nn.Module, path: Path) -> Path:
         try:
             saved = state.load(folder)[1]
         except (OSError, ValueError) as error:
-            raise Refused(Problem(f"the checkpoint is damaged ({error})", "", str(folder), "take the one before it, or `kdrun resume` the run")) from error
+            raise Refused(
+                Problem(f"the checkpoint is damaged ({error})", "", str(folder), "take the one before it, or `kdrun resume` the run")
+            ) from error
     average = saved.get("ema")
     if average:
         network.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k.startswith("module.")})

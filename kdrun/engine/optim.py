@@ -29,14 +29,23 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
     except (ValueError, KeyError, AssertionError, TypeError) as error:
         names = [str(n) for n in list_optimizers()]
         if optim["name"] not in names:
-            raise Refused(Problem(f"timm has no optimiser named '{optim['name']}'", "optim.name", "", did_you_mean(optim["name"], names))) from error
-        raise Refused(Problem(f"{optim['name']} refuses its settings: {error}", "optim", "", "set the ones it has no use for to null")) from error
+            raise Refused(
+                Problem(f"timm has no optimiser named '{optim['name']}'", "optim.name", "", did_you_mean(optim["name"], names))
+            ) from error
+        raise Refused(
+            Problem(f"{optim['name']} refuses its settings: {error}", "optim", "", "set the ones it has no use for to null")
+        ) from error
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> Scheduler:
     """A schedule that is a pure function of the optimiser step (timm, updates in steps)."""
     # Without "prefix" the warm-up is part of the run: it moves neither a milestone nor the end.
-    warmup = {"warmup_t": round(schedule["warmup_epochs"] * steps_per_epoch), "warmup_lr_init": 0.0, "warmup_prefix": False, "t_in_epochs": False}
+    warmup = {
+        "warmup_t": round(schedule["warmup_epochs"] * steps_per_epoch),
+        "warmup_lr_init": 0.0,
+        "warmup_prefix": False,
+        "t_in_epochs": False,
+    }
     if schedule["name"] == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=schedule["min_lr"], **warmup)
     milestones = schedule["milestones"] if schedule["name"] == "multistep" else []

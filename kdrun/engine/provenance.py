@@ -14,7 +14,19 @@ import torch
 
 import kdrun
 
-PACKAGES = ("torch", "torchvision", "timm", "datasets", "hydra-core", "omegaconf", "torchmetrics", "numpy", "scikit-learn", "scipy", "safetensors")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "torchmetrics",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+    "safetensors",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -41,7 +41,11 @@ def _must_be_writable(folder: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise Refused(Problem("the run folder cannot be written", "run.dir", str(folder), "choose another run.dir or run.root, or mend the permissions"))
+        raise Refused(
+            Problem(
+                "the run folder cannot be written", "run.dir", str(folder), "choose another run.dir or run.root, or mend the permissions"
+            )
+        )
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -62,13 +66,22 @@ def open_folder(folder: Path, composed: Composed) -> None:
         (folder / CONFIG).write_text(yaml.safe_dump(composed.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(folder / ORIGIN, to_document(composed))
     except OSError as error:
-        raise Refused(Problem(f"the run folder cannot be written ({error.strerror})", "run.dir", str(folder), "choose another run.dir")) from error
+        raise Refused(
+            Problem(f"the run folder cannot be written ({error.strerror})", "run.dir", str(folder), "choose another run.dir")
+        ) from error
 
 
 def to_document(composed: Composed) -> dict[str, Any]:
     """A composed configuration as plain data, for run folders and for the ranks."""
-    return {"tree": composed.tree, "origins": composed.origins, "choices": composed.choices, "recipe": composed.recipe,
-            "overrides": composed.overrides, "config_dirs": composed.config_dirs, "config_hash": composed.hash()}
+    return {
+        "tree": composed.tree,
+        "origins": composed.origins,
+        "choices": composed.choices,
+        "recipe": composed.recipe,
+        "overrides": composed.overrides,
+        "config_dirs": composed.config_dirs,
+        "config_hash": composed.hash(),
+    }
 
 
 def from_document(document: Mapping[str, Any]) -> Composed:

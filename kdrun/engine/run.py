@@ -42,7 +42,14 @@ class Result:
     summary: dict[str, Any]
 
 
-def execute(composed: Composed, reporter: Reporter, folder: Path | None = None, resume: bool = False, ranks: Ranks | None = None, data: Data | None = None) -> Result:
+def execute(
+    composed: Composed,
+    reporter: Reporter,
+    folder: Path | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+    data: Data | None = None,
+) -> Result:
     """Run one configuration to its end. Raises `Refused` before anything is written, `CheckFailed` if the teacher is not
     what it is said to be, `Stopped` after a signal, `NotFinite` before a bad update."""
     tree, ranks = composed.tree, ranks or Ranks()
@@ -71,7 +78,14 @@ def execute(composed: Composed, reporter: Reporter, folder: Path | None = None, 
 
 
 def train_student(
-    composed: Composed, built: Built, teacher_facts: dict[str, Any], folder: Path, resume: bool, device: torch.device, ranks: Ranks, reporter: Reporter
+    composed: Composed,
+    built: Built,
+    teacher_facts: dict[str, Any],
+    folder: Path,
+    resume: bool,
+    device: torch.device,
+    ranks: Ranks,
+    reporter: Reporter,
 ) -> Result:
     tree = composed.tree
     before = sha256_of(built.teacher.module) if isinstance(built.teacher, LiveTeacher) else None
@@ -158,11 +172,20 @@ def checked_claim(tree: Mapping[str, Any], measured: dict[str, Any]) -> dict[str
     claim = tree["teacher"].get("claim")
     tainted = tree["run"]["dry"] or tree["run"]["max_steps"]
     if claim and claim["metric"] not in measured:
-        raise Refused(Problem(f"'{claim['metric']}' is not measured of a teacher", "teacher.claim.metric", "", did_you_mean(claim["metric"], {*measured} - {"from", "sha256"})))
+        raise Refused(
+            Problem(
+                f"'{claim['metric']}' is not measured of a teacher",
+                "teacher.claim.metric",
+                "",
+                did_you_mean(claim["metric"], {*measured} - {"from", "sha256"}),
+            )
+        )
     if claim and not tainted and not abs(measured[claim["metric"]] - claim["value"]) <= claim["tolerance"]:
         raise CheckFailed(
-            f"the teacher scores {claim['metric']} {measured[claim['metric']]:.2f}, the recipe states {claim['value']} within {claim['tolerance']} ({claim.get('source', '')}).\n"
-            f"  teacher {measured['from']}\n  remedy  check its weights, normalisation and class order; or teacher.claim=null to go on without the check"
+            f"the teacher scores {claim['metric']} {measured[claim['metric']]:.2f}, "
+            f"the recipe states {claim['value']} within {claim['tolerance']} ({claim.get('source', '')}).\n"
+            f"  teacher {measured['from']}\n"
+            "  remedy  check its weights, normalisation and class order; or teacher.claim=null to go on without the check"
         )
     return measured
 
@@ -183,17 +206,35 @@ def taints(composed: Composed) -> list[str]:
     return found
 
 
-def summarise(composed: Composed, student: nn.Module, run: StageRun, teacher_facts: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def summarise(
+    composed: Composed, student: nn.Module, run: StageRun, teacher_facts: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
     """The run in one object: the number by its protocol, all metrics, what it cost."""
     evaluation, last = run.built.evaluation, run.history[-1]
     value, how = reported(run.history, evaluation.protocol, evaluation.primary, evaluation.last_k)
     return {
-        "recipe": composed.recipe, "folder": str(run.folder), "choices": composed.choices, "seed": composed.tree["seed"], "config_hash": composed.hash(),
-        "metric": evaluation.primary, "value": value, "protocol": evaluation.protocol, "how": how,
-        "test": last["test"], "validation": last["validation"], "test_reads": run.evaluator.reads.get("test", 0),
-        "teacher": dict(teacher_facts), "tainted": taints(composed),
-        "steps": run.stage.step, "epochs": run.stage.step / run.built.steps_per_epoch,
-        "cost": {"seconds": run.seconds, "images_per_s": run.rate, "peak_memory_bytes": peak_memory_bytes(device), "hardware": provenance.hardware(device)},
+        "recipe": composed.recipe,
+        "folder": str(run.folder),
+        "choices": composed.choices,
+        "seed": composed.tree["seed"],
+        "config_hash": composed.hash(),
+        "metric": evaluation.primary,
+        "value": value,
+        "protocol": evaluation.protocol,
+        "how": how,
+        "test": last["test"],
+        "validation": last["validation"],
+        "test_reads": run.evaluator.reads.get("test", 0),
+        "teacher": dict(teacher_facts),
+        "tainted": taints(composed),
+        "steps": run.stage.step,
+        "epochs": run.stage.step / run.built.steps_per_epoch,
+        "cost": {
+            "seconds": run.seconds,
+            "images_per_s": run.rate,
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "hardware": provenance.hardware(device),
+        },
         "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -205,28 +246,40 @@ def cost_of(network: nn.Module, input_shape: tuple[int, ...], latency: bool) -> 
     return found | (cost.latency(network, input_shape) if latency else {})
 
 
-def provenance_of(composed: Composed, built: Built, teacher_facts: Mapping[str, Any], initial: str, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def provenance_of(
+    composed: Composed, built: Built, teacher_facts: Mapping[str, Any], initial: str, device: torch.device, ranks: Ranks
+) -> dict[str, Any]:
     data = built.data
     sizes = {name: len(split) for name, split in data.splits.items()}
     return {
-        "code": provenance.code(), "config_hash": composed.hash(), "overrides": composed.overrides, "origins": composed.origins,
-        "data": {"name": data.name, "fingerprint": data.fingerprint, "sizes": sizes}, "teacher": dict(teacher_facts),
-        "seed": composed.tree["seed"], "initial_student_sha256": initial, "ranks": ranks.world,
-        "environment": provenance.environment(device), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": provenance.code(),
+        "config_hash": composed.hash(),
+        "overrides": composed.overrides,
+        "origins": composed.origins,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "sizes": sizes},
+        "teacher": dict(teacher_facts),
+        "seed": composed.tree["seed"],
+        "initial_student_sha256": initial,
+        "ranks": ranks.world,
+        "environment": provenance.environment(device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
 def title(composed: Composed) -> str:
-    return f"{composed.recipe or 'run'}: {composed.choices.get('objective')} {composed.choices.get('teacher')} -> {composed.choices.get('student')}"
+    chosen = composed.choices
+    return f"{composed.recipe or 'run'}: {chosen['objective']}, {chosen['teacher']} -> {chosen['student']}"
 
 
 def facts(composed: Composed, built: Built, device: torch.device) -> dict[str, str]:
-    data = built.data
+    data, optim = built.data, composed.tree["optim"]
     sizes = ", ".join(f"{len(s)} {n}" for n, s in data.splits.items())
     return {
-        "data": f"{data.name}: {sizes}; {data.classes} classes", "student": f"{cost.parameters(built.network):,} parameters",
-        "schedule": f"{composed.tree['optim']['epochs']} epochs, {built.total_steps} steps, {composed.tree['optim']['name']}, lr {composed.tree['optim']['lr']}",
-        "seed": str(composed.tree["seed"]), "on": provenance.hardware(device),
+        "data": f"{data.name}: {sizes}; {data.classes} classes",
+        "student": f"{cost.parameters(built.network):,} parameters",
+        "schedule": f"{optim['epochs']:g} epochs, {built.total_steps} steps, {optim['name']}, lr {optim['lr']}",
+        "seed": str(composed.tree["seed"]),
+        "on": provenance.hardware(device),
     }
 
 

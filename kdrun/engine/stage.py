@@ -50,18 +50,36 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         schedules[phase] = build_schedule(optimizers[phase], optim["schedule"], built.steps_per_epoch, built.total_steps)
     limit = DRY_STEPS if tree["run"]["dry"] else tree["run"]["max_steps"]
     return Stage(
-        name=name, seed=tree["seed"], learner=learner, forward=forward, teacher=built.teacher, objective=objective, source=source,
-        optimizers=optimizers, schedules=schedules, classes=built.data.classes, total_steps=built.total_steps,
-        log_every=1 if tree["run"]["dry"] else tree["run"]["log_every"], device=device, ranks=ranks, autocast=DTYPES[hardware["dtype"]],
-        clip_norm=optim["clip_norm"], ema=ema, last_step=limit,
+        name=name,
+        seed=tree["seed"],
+        learner=learner,
+        forward=forward,
+        teacher=built.teacher,
+        objective=objective,
+        source=source,
+        optimizers=optimizers,
+        schedules=schedules,
+        classes=built.data.classes,
+        total_steps=built.total_steps,
+        log_every=1 if tree["run"]["dry"] else tree["run"]["log_every"],
+        device=device,
+        ranks=ranks,
+        autocast=DTYPES[hardware["dtype"]],
+        clip_norm=optim["clip_norm"],
+        ema=ema,
+        last_step=limit,
     )
 
 
-def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter) -> Any:
+def wrap(
+    learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter
+) -> Any:
     """Compile what is trained and the teacher, then share it over ranks. Only the learner is wrapped."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
         if ranks.world > 1 and device.type != "cuda":
-            reporter.note("BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks")
+            reporter.note(
+                "BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks"
+            )
         elif hardware["micro_batch"] is not None:
             reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
     if ranks.world > 1 and hardware["wrap"] == "fsdp2":
@@ -73,14 +91,18 @@ def wrap(learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str
             built.teacher.forward = torch.compile(built.teacher.forward)
     if ranks.world > 1:
         several = len(built.objective.phases) > 1  # then no phase gives every parameter a gradient
-        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=several)
+        forward = DistributedDataParallel(
+            forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=several
+        )
     return forward
 
 
 class StageRun:
     """The hooks around the loop for one stage: metrics, evaluation, checkpoints, signals."""
 
-    def __init__(self, tree: Mapping[str, Any], built: Built, stage: Stage, folder: Path, reporter: Reporter, home: Path | None = None) -> None:
+    def __init__(
+        self, tree: Mapping[str, Any], built: Built, stage: Stage, folder: Path, reporter: Reporter, home: Path | None = None
+    ) -> None:
         self.home = home or folder  # of the whole run, which is what is resumed
         self.tree, self.built, self.stage, self.folder, self.reporter = tree, built, stage, folder, reporter
         first = stage.ranks.first
@@ -106,7 +128,9 @@ class StageRun:
     def logged(self, step: int, record: dict[str, Any]) -> None:
         self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record})
         self._measure_rate(step)
-        self.reporter.logged(self.stage.name, step, {**record, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)})
+        self.reporter.logged(
+            self.stage.name, step, {**record, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)}
+        )
 
     def step_done(self, step: int) -> None:
         self.reporter.step_done(self.stage.name, step)
@@ -183,10 +207,16 @@ class StageRun:
         s = self.stage
         learner = shard.full_weights(s.learner) if shard.is_sharded(s.learner) else s.learner.state_dict()
         return {
-            "learner": learner, "optimizers": {k: shard.optimizer_state(s.learner, o) for k, o in s.optimizers.items()},
-            "ema": s.ema.state_dict() if s.ema is not None else None, "objective": s.objective.state_dict(),
-            "source": s.source.state_dict(), "teacher": s.teacher.state_dict(), "history": self.history,
-            "reads": self.evaluator.reads, "metrics_offset": self.metrics.offset(), "seconds": self.seconds,
+            "learner": learner,
+            "optimizers": {k: shard.optimizer_state(s.learner, o) for k, o in s.optimizers.items()},
+            "ema": s.ema.state_dict() if s.ema is not None else None,
+            "objective": s.objective.state_dict(),
+            "source": s.source.state_dict(),
+            "teacher": s.teacher.state_dict(),
+            "history": self.history,
+            "reads": self.evaluator.reads,
+            "metrics_offset": self.metrics.offset(),
+            "seconds": self.seconds,
         }
 
     def restore(self) -> None:

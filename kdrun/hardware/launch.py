@@ -62,8 +62,25 @@ def torchrun_command(composed: Composed) -> list[str]:
 
         procs = torch.cuda.device_count()
         if procs == 0:
-            raise Refused(Problem("there is no usable GPU here, so the number of ranks must be said", "hardware.procs", "", "hardware.procs=2 (two gloo ranks on the CPU), or hardware=cpu"))
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={procs}", "--no-python", sys.executable, "-m", "kdrun.hardware.worker"]
+            raise Refused(
+                Problem(
+                    "there is no usable GPU here, so the number of ranks must be said",
+                    "hardware.procs",
+                    "",
+                    "hardware.procs=2 (two gloo ranks on the CPU), or hardware=cpu",
+                )
+            )
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={procs}",
+        "--no-python",
+        sys.executable,
+        "-m",
+        "kdrun.hardware.worker",
+    ]
 
 
 def write_spec(composed: Composed, folder: Path, resume: bool, spec: Path) -> None:

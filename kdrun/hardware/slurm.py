@@ -20,7 +20,9 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
     try:
         import submitit
     except ImportError as error:
-        raise Refused(Problem("submitting to a cluster needs the package submitit", "hardware", "", 'pip install "kdrun[cluster]"')) from error
+        raise Refused(
+            Problem("submitting to a cluster needs the package submitit", "hardware", "", 'pip install "kdrun[cluster]"')
+        ) from error
     slurm = composed.tree["hardware"]["slurm"]
     jobs = folder / "job"
     jobs.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,9 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
     if (jobs / EXIT_FILE).exists():
         raise_again(read_json(jobs / EXIT_FILE))
     if not (folder / SUMMARY).exists():
-        raise RunFailed(f"job {job.job_id} ended without a result; the end of its log:\n" + "\n".join((job.stderr() or "").splitlines()[-25:]))
+        raise RunFailed(
+            f"job {job.job_id} ended without a result; the end of its log:\n" + "\n".join((job.stderr() or "").splitlines()[-25:])
+        )
     return read_json(folder / SUMMARY)
 
 
@@ -47,7 +51,12 @@ def parameters(slurm: dict[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"name": f"kdrun-{name}", "timeout_min": slurm["timeout_min"]}
     if slurm["executor"] == "slurm":
         ranks = max(1, slurm["gpus_per_node"])
-        found |= {"nodes": slurm["nodes"], "tasks_per_node": ranks, "gpus_per_node": slurm["gpus_per_node"], "cpus_per_task": slurm["cpus_per_task"]}
+        found |= {
+            "nodes": slurm["nodes"],
+            "tasks_per_node": ranks,
+            "gpus_per_node": slurm["gpus_per_node"],
+            "cpus_per_task": slurm["cpus_per_task"],
+        }
         found |= {f"slurm_{k}": slurm[k] for k in ("partition", "account") if slurm[k]}
         if slurm["memory_gb"]:
             found["mem_gb"] = slurm["memory_gb"]

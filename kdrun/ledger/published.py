@@ -34,7 +34,9 @@ def lookup(published: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], nam
                 continue
             cell = row[name] if isinstance(row[name], (list, tuple)) else [row[name]]
             spread = float(cell[1]) if len(cell) > 1 else None
-            return PublishedValue(float(cell[0]), spread, table.get("n"), table.get("metric", "top1"), table.get("table", ""), table.get("protocol", "last"))
+            return PublishedValue(
+                float(cell[0]), spread, table.get("n"), table.get("metric", "top1"), table.get("table", ""), table.get("protocol", "last")
+            )
     return None
 
 

@@ -38,25 +38,47 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     tainted = sorted({t for _, s in done for t in s["tainted"]})
     changed = changed_from_recipe(composed)
     return {
-        "recipe": composed.recipe, "paper": tree["paper"], "scale": tree["scale"], "metric": primary, "method": method,
+        "recipe": composed.recipe,
+        "paper": tree["paper"],
+        "scale": tree["scale"],
+        "metric": primary,
+        "method": method,
         "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in (*SHOWN, primary)} for arm, metrics in table.items()},
-        "differences": {arm: dataclasses.asdict(paired(table[method][primary], table[arm][primary])) for arm in table if arm != method and method in table},
+        "differences": {
+            arm: dataclasses.asdict(paired(table[method][primary], table[arm][primary]))
+            for arm in table
+            if arm != method and method in table
+        },
         "claims": [_clean(dataclasses.asdict(c)) for c in claims],
         "published": dataclasses.asdict(published) if published else None,
         "teacher": next((s["teacher"] for job, s in done if job.arm == method), {}),
-        "verdict": dataclasses.asdict(verdict), "notes": tree["notes"],
-        "choices": composed.choices, "changed": changed, "tainted": tainted, "config_hash": composed.hash(),
-        "seeds": sorted({j.seed for j in listed}), "runs": len(done), "planned_runs": len(listed),
-        "cost": {"seconds": round(sum(s["cost"]["seconds"] for _, s in done), 1), "peak_memory_bytes": max((s["cost"]["peak_memory_bytes"] for _, s in done), default=0),
-                 "hardware": done[0][1]["cost"]["hardware"] if done else ""},
-        "student": done[0][1]["student"] if done else {}, "code": provenance.code(), "folder": str(folder), "finished": time.strftime("%Y-%m-%d"),
+        "verdict": dataclasses.asdict(verdict),
+        "notes": tree["notes"],
+        "choices": composed.choices,
+        "changed": changed,
+        "tainted": tainted,
+        "config_hash": composed.hash(),
+        "seeds": sorted({j.seed for j in listed}),
+        "runs": len(done),
+        "planned_runs": len(listed),
+        "cost": {
+            "seconds": round(sum(s["cost"]["seconds"] for _, s in done), 1),
+            "peak_memory_bytes": max((s["cost"]["peak_memory_bytes"] for _, s in done), default=0),
+            "hardware": done[0][1]["cost"]["hardware"] if done else "",
+        },
+        "student": done[0][1]["student"] if done else {},
+        "code": provenance.code(),
+        "folder": str(folder),
+        "finished": time.strftime("%Y-%m-%d"),
     }
 
 
 def changed_from_recipe(composed: Composed) -> list[str]:
     """What the command line set that changes the experiment; its pair, its objective and the seed are the recipe's own freedom."""
     semantic = {k.split(".")[0] for k in composed.tree} - set(NOT_SEMANTIC) - {"seed"}
-    leaves = [k for k, origin in composed.origins.items() if origin == COMMAND_LINE and k.split(".")[0] in semantic and k not in ("dataset.path",)]
+    leaves = [
+        k for k, origin in composed.origins.items() if origin == COMMAND_LINE and k.split(".")[0] in semantic and k not in ("dataset.path",)
+    ]
     return sorted([*leaves, *(g for g in other_choices(composed) if g in semantic and g not in FREE_CHOICES)])
 
 

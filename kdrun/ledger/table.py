@@ -11,7 +11,11 @@ COLUMNS = ("recipe", "published", "measured (95 % interval, n)", "rivals", "stud
 
 SCALES = (
     ("paper", "At the published setting", "Not attempted yet: these need a GPU and hours."),
-    ("bench", "Bench: small honest experiments; the claim is the direction", "No record yet: `kdrun train recipe=pld_bench run.ledger=true` adds one."),
+    (
+        "bench",
+        "Bench: small honest experiments; the claim is the direction",
+        "No record yet: `kdrun train recipe=pld_bench run.ledger=true` adds one.",
+    ),
 )
 
 
@@ -25,7 +29,11 @@ def cells(record: Mapping[str, Any]) -> list[str]:
     metric, method = record["metric"], record["method"]
     arms = record["arms"]
     published = record["published"]
-    rivals = ", ".join(f"{arm} {row[metric]['mean']:.2f}" for arm, row in sorted(arms.items(), key=lambda a: -a[1][metric]["mean"]) if arm not in (method, "ce"))
+    rivals = ", ".join(
+        f"{arm} {row[metric]['mean']:.2f}"
+        for arm, row in sorted(arms.items(), key=lambda a: -a[1][metric]["mean"])
+        if arm not in (method, "ce")
+    )
     shown = [c for c in record["claims"] if c["holds"] is True]
     cost = record["cost"]
     return [
@@ -46,10 +54,23 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     row = record["arms"][record["method"]][record["metric"]]
     paper = record["paper"] or {}
     return {
-        "recipe": record["recipe"], "paper": paper.get("arxiv") or paper.get("title"), "scale": record["scale"], "metric": record["metric"],
-        "published": record["published"], "measured": row["mean"], "sd": row["sd"], "interval": [row["low"], row["high"]], "n": row["n"],
-        "verdict": record["verdict"]["name"], "reason": record["verdict"]["reason"], "claims": record["claims"], "arms": record["arms"],
-        "teacher": record["teacher"], "cost": record["cost"], "commit": record["code"]["commit"], "config_hash": record["config_hash"],
+        "recipe": record["recipe"],
+        "paper": paper.get("arxiv") or paper.get("title"),
+        "scale": record["scale"],
+        "metric": record["metric"],
+        "published": record["published"],
+        "measured": row["mean"],
+        "sd": row["sd"],
+        "interval": [row["low"], row["high"]],
+        "n": row["n"],
+        "verdict": record["verdict"]["name"],
+        "reason": record["verdict"]["reason"],
+        "claims": record["claims"],
+        "arms": record["arms"],
+        "teacher": record["teacher"],
+        "cost": record["cost"],
+        "commit": record["code"]["commit"],
+        "config_hash": record["config_hash"],
     }
 
 

@@ -94,6 +94,13 @@ def test_a_value_that_must_be_given_is_asked_for(refusal: Refusal) -> None:
     assert problem.where.startswith("conf/student/custom.yaml:")
 
 
+@pytest.mark.parametrize("key", ["seed", "optim", "optim.name", "optim.schedule.gamma", "run", "hardware.slurm"])
+def test_what_is_taken_away_and_needed_is_missed(refusal: Refusal, key: str) -> None:
+    problem = only(refusal("train", f"~{key}"))
+    assert problem.head == f"{key}: this key is missing"
+    assert problem.remedy == f"set {key}=..., or leave out ~{key}"
+
+
 def test_a_group_cannot_be_set_to_a_word(refusal: Refusal) -> None:
     problem = only(refusal("train", "optim.schedule=cosine"))
     assert problem.head == "optim.schedule: a group of keys is needed, not 'cosine'"
