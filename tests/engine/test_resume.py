@@ -13,7 +13,7 @@ import pytest
 from kdrun.engine.records import METRICS, SUMMARY, read_json
 from kdrun.engine.stage import StageRun
 from tests.conftest import TINY, Outcome
-from tests.engine.running import Killed, assert_same_run, killing, run, run_killed, training_lines
+from tests.engine.running import Killed, assert_same_run, checkpoint_tensors, killing, run, run_killed, training_lines
 
 # Three epochs of three steps, the last of each a partial batch; a checkpoint every two steps, so most steps lie between two.
 STEPS = 9
@@ -48,6 +48,14 @@ def test_a_run_killed_at_any_step_is_resumed_to_the_same_bytes(
     run_killed(overrides, tmp_path / "run", method, step, after=after)
     assert kdrun("resume", str(tmp_path / "run"), "--quiet").code == 0
     assert_same_run(tmp_path / "run", unbroken)
+
+
+def test_the_comparison_sees_all_that_can_be_forgotten(stateful: tuple[list[str], Path]) -> None:
+    kept = checkpoint_tensors(stateful[1])
+    momentum = [name for name in kept if name.endswith("/momentum_buffer")]
+    assert len(momentum) == 8  # two layers of the student, two embeddings
+    assert {"/objective/bank_student", "/objective/bank_teacher", "/objective/log_z", "/ema/n_averaged", "/learner/student.module.forwards"} <= kept.keys()
+    assert int(kept["/learner/student.module.forwards"]) == STEPS
 
 
 def test_a_run_killed_again_and_again_is_resumed_to_the_same_bytes(stateful: tuple[list[str], Path], tmp_path: Path, kdrun: Command) -> None:

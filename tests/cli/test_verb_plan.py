@@ -1,0 +1,75 @@
+"""kdrun plan: shapes, memory, steps and time before anything is spent; no data, no weights, nothing written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.told import Problem, only
+from tests.conftest import TINY, Outcome
+
+Refusal = Callable[..., list[Problem]]
+# timm has tiny networks for tests; without a claim, for they are not the recipe's teacher.
+IMAGENET = [
+    "recipe=pld_imagenet", "teacher.name=test_resnet.r160_in1k", "student.name=test_vit.r160_in1k", "teacher.claim=null",
+    "student.img_size=224", "hardware=cpu", "hardware.threads=1",
+]  # fmt: skip
+IMAGENET[4] = "+student.img_size=224"
+
+
+def test_a_run_is_planned_from_its_configuration(kdrun: Callable[..., Outcome], here: Path) -> None:
+    outcome = kdrun("plan", *TINY, "teacher=mlp", "teacher.hidden=[12]", "objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=p1",
+                    "teacher.taps={p1: fc1}", "--json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    plan = outcome.json
+    assert plan["models"]["student"] == {"parameters": 32 * 8 + 8 + 8 * 6 + 6, "flops": 2 * (32 * 8 + 8 * 6), "output": "[B, 6]"}
+    assert plan["models"]["teacher"]["parameters"] == 32 * 12 + 12 + 12 * 6 + 6
+    assert plan["taps"] == {"student f1": [8], "teacher p1": [12]}
+    assert (plan["steps_per_epoch"], plan["total_steps"], plan["batch"], plan["micro_batch"]) == (3, 6, 32, 32)
+    assert plan["teacher_is_trained_first"] is True
+    assert plan["memory_bytes"]["teacher"] == 4 * plan["models"]["teacher"]["parameters"]
+    assert plan["seconds_per_sample"] > 0
+    assert not list(here.iterdir())
+
+
+def test_the_plan_is_told_in_words(kdrun: Callable[..., Outcome], here: Path) -> None:
+    out = kdrun("plan", *TINY, "objective=fitnet", "teacher=mlp", "teacher.hidden=[8,8]", "objective.student_tap=f1", "run.seeds=[1,2,3]").out
+    assert out.splitlines()[0] == "run: fitnet, mlp -> mlp on gaussians"
+    for line in (
+        r"tap      student f1: \[8\]",
+        r"schedule 2 epochs of 3 steps of 32 samples: 6 steps",
+        r"teacher  has no checkpoint: it is trained first by the same loop \(once, then kept\)",
+        r"memory   \d+ MiB \(.*micro-batch of 32\), beside torch itself and the data",
+        r"time     \d+ seconds for the student on .*CPU",
+        r"runs     3 \(1 arms, 3 seeds\)",
+    ):
+        assert re.search(rf"^{line}", out, re.MULTILINE), line
+
+
+def test_a_paper_s_run_is_planned_without_its_data_and_weights(kdrun: Callable[..., Outcome], here: Path) -> None:
+    """ImageNet is not here, and nothing is fetched although the recipe asks for pretrained weights."""
+    plan = kdrun("plan", *IMAGENET, "--no-probe", "--json").json
+    assert (plan["batch"], plan["steps_per_epoch"], plan["total_steps"]) == (2048, 626, 62600)  # ceil(1,281,167 / 2048), 100 epochs
+    assert plan["models"].keys() == {"student", "teacher"}
+    assert all(row["output"] == "[B, 1000]" for row in plan["models"].values())
+    assert plan["teacher_is_trained_first"] is False
+    assert "memory_bytes" not in plan
+    assert not list(here.iterdir())
+
+
+@pytest.mark.slow
+def test_a_probe_scales_to_the_paper_s_batch(kdrun: Callable[..., Outcome], here: Path) -> None:
+    plan = kdrun("plan", *IMAGENET, "--json").json
+    assert plan["probe_samples"] < plan["micro_batch"] == 2048
+    half = kdrun("plan", *IMAGENET, "hardware.micro_batch=1024", "--json").json
+    assert half["memory_bytes"]["activations"] == pytest.approx(plan["memory_bytes"]["activations"] / 2, rel=0.02)
+
+
+def test_a_pairing_that_cannot_be_is_refused_as_the_run_would(refusal: Refusal) -> None:
+    assert only(refusal("plan", *TINY, "objective=kd", "teacher=none")).head == "teacher: KD needs a teacher and there is none"
+    problem = only(refusal("plan", *TINY, "objective=rkd", "teacher=mlp", "hardware.micro_batch=8"))
+    assert problem.key == "hardware.micro_batch"
+    assert problem.where == "command line"
