@@ -230,7 +230,8 @@ def summarise(
         "steps": run.stage.step,
         "epochs": run.stage.step / run.built.steps_per_epoch,
         "cost": {
-            "seconds": run.seconds,
+            "seconds": run.spent()[0],
+            "cpu_seconds": run.spent()[1],
             "images_per_s": run.rate,
             "peak_memory_bytes": peak_memory_bytes(device),
             "hardware": provenance.hardware(device),

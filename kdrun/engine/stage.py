@@ -120,7 +120,8 @@ class StageRun:
         self._stop = threading.Event()
         self._clock: tuple[float, int] | None = None
         self._last_saved = -1
-        self.seconds = 0.0
+        self._spent = (0.0, 0.0)
+        self._began: tuple[float, float] | None = None
         self.rate: float | None = None
 
     # -- the loop's hooks -----------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class StageRun:
             self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
         self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
         previous = self._listen()
-        started = time.perf_counter()
+        self._began = (time.perf_counter(), time.process_time())
         try:
             finished = loop.train(self.stage, self)
         except NotFinite as error:
@@ -160,7 +161,7 @@ class StageRun:
                 write_json(self.folder / "not_finite.json", error.bundle)
             raise
         finally:
-            self.seconds += time.perf_counter() - started
+            self._spent, self._began = self.spent(), None
             for number, handler in previous.items():
                 signal.signal(number, handler)
         if not finished:
@@ -216,7 +217,7 @@ class StageRun:
             "history": self.history,
             "reads": self.evaluator.reads,
             "metrics_offset": self.metrics.offset(),
-            "seconds": self.seconds,
+            "seconds": self.spent(),
         }
 
     def restore(self) -> None:
@@ -239,8 +240,15 @@ class StageRun:
         s.source.load_state_dict(saved["source"])
         s.teacher.load_state_dict(saved["teacher"])
         s.step = self._last_saved = step
-        self.history, self.evaluator.reads, self.seconds = saved["history"], saved["reads"], saved["seconds"]
+        self.history, self.evaluator.reads, self._spent = saved["history"], saved["reads"], saved["seconds"]
         self.metrics.cut(saved["metrics_offset"])
+
+    def spent(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) of this stage, those before a resume included. The second does not depend on what else runs."""
+        if self._began is None:
+            return self._spent
+        wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        return self._spent[0] + wall, self._spent[1] + cpu
 
     def _measure_rate(self, step: int) -> None:
         """Samples per second over the steps of this process, the first ones left out."""

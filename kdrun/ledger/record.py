@@ -63,6 +63,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         "planned_runs": len(listed),
         "cost": {
             "seconds": round(sum(s["cost"]["seconds"] for _, s in done), 1),
+            "cpu_seconds": round(sum(s["cost"]["cpu_seconds"] for _, s in done), 1),
             "peak_memory_bytes": max((s["cost"]["peak_memory_bytes"] for _, s in done), default=0),
             "hardware": done[0][1]["cost"]["hardware"] if done else "",
         },

@@ -15,9 +15,8 @@ Refusal = Callable[..., list[Problem]]
 # timm has tiny networks for tests; without a claim, for they are not the recipe's teacher.
 IMAGENET = [
     "recipe=pld_imagenet", "teacher.name=test_resnet.r160_in1k", "student.name=test_vit.r160_in1k", "teacher.claim=null",
-    "student.img_size=224", "hardware=cpu", "hardware.threads=1",
+    "+student.img_size=224", "hardware=cpu", "hardware.threads=1",
 ]  # fmt: skip
-IMAGENET[4] = "+student.img_size=224"
 
 
 def test_a_run_is_planned_from_its_configuration(kdrun: Callable[..., Outcome], here: Path) -> None:

@@ -55,7 +55,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
 def test_a_run_says_what_it_does_and_ends_with_its_number(finished: tuple[Path, Outcome]) -> None:
     folder, outcome = finished
     lines = outcome.out.splitlines()
-    assert lines[0] == "run: fitnet mlp -> mlp"
+    assert re.fullmatch(r"run: fitnet,? mlp -> mlp", lines[0])
     for fact in ("data     gaussians: 96 train, 60 test; 6 classes", "schedule 2 epochs, 6 steps, momentum, lr 0.05", "seed     1", f"folder   {folder}"):
         assert f"  {fact}" in lines
     assert any(re.match(r"teacher measured here: top1 \d", line) for line in lines)

@@ -73,7 +73,7 @@ class Poisoned(CE):
 
     trap: str = ""
     at_step: int = 0
-    what: Literal["nan", "inf", "gradient", "never"] = "nan"
+    what: Literal["not_a_number", "infinite", "gradient"] = "not_a_number"
     weight: float = 0.5
 
     def weights(self, progress: Progress) -> dict[str, float]:
@@ -89,7 +89,7 @@ class Poisoned(CE):
         if self._armed and self.what == "gradient":
             poison = poison.sqrt()  # value 0, slope infinity, and infinity times 0 on the way back
         elif self._armed:
-            poison = poison + float(self.what)
+            poison = poison + {"not_a_number": torch.nan, "infinite": torch.inf}[self.what]
         return {**terms, "poison": Term(poison, "sample")}
 
 

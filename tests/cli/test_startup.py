@@ -1,0 +1,75 @@
+"""Help and listings come at once: none of them imports torch or anything as heavy (law 10)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdrun as package
+from kdrun.cli.complete import complete_override
+from tests.conftest import Outcome
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "torchvision", "timm", "datasets", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib", "transformers", "torchmetrics")
+LIGHT = [
+    ["--help"], ["--version"], ["train", "--help"], ["eval", "--help"], ["resume", "--help"], ["plan", "--help"], ["doctor", "--help"],
+    ["ls"], ["ls", "objectives"], ["ls", "teachers", "--json"], ["ls", "students"], ["ls", "datasets", "-q"], ["ls", "runs"],
+    ["show", "recipe=pld_cifar100"], ["show", "recipe=pld_cifar100", "--diff", "kd_cifar100"], ["show", "recipe=pld_cifar100", "--hash"],
+    ["show", "recipe=pld_cifar10"], ["ledger"], ["ledger", "--json"], ["ledger", "--markdown"],
+]  # fmt: skip
+# Every light verb in one fresh interpreter; what it then holds, on the last line.
+SCRIPT = """
+import json, sys
+from kdrun.cli import main
+from kdrun.cli.complete import complete_override
+complete_override("objective=d")
+codes = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["kdrun", *arguments]
+    try:
+        main()
+        codes.append(0)
+    except SystemExit as stop:
+        codes.append(int(stop.code or 0))
+print(json.dumps({"codes": codes, "modules": sorted({name.partition(".")[0] for name in sys.modules})}))
+"""
+
+
+def test_help_and_listings_import_nothing_heavy(compared: tuple[Path, Outcome]) -> None:
+    command = [sys.executable, "-c", SCRIPT, json.dumps([*LIGHT, ["ledger", "--root", str(compared[0].parent)]])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert [line for line, code in zip(LIGHT, told["codes"], strict=False) if code] == [["show", "recipe=pld_cifar10"]]  # a refusal is as quick
+    assert not set(told["modules"]) & set(HEAVY)
+    assert "rich" in told["modules"]  # the list of modules is a real one
+
+
+def test_python_dash_m_tells_the_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "kdrun", "--version"], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60)
+    assert done.stdout == f"kdrun {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("rec", ["recipe="]),
+        ("objective=d", ["objective=dist", "objective=dkd"]),
+        ("teacher=resnet5", ["teacher=resnet50", "teacher=resnet56"]),
+        ("recipe=pld_cifar100_", ["recipe=pld_cifar100_bench"]),
+        ("hardware=", ["hardware=auto", "hardware=cpu", "hardware=gpu", "hardware=multi_gpu", "hardware=slurm"]),
+        ("optim.lr=", []),
+        ("zzz", []),
+    ],
+)
+def test_overrides_complete(typed: str, offered: list[str]) -> None:
+    assert complete_override(typed) == offered
+
+
+def test_every_group_completes() -> None:
+    groups = ["recipe", "teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware"]
+    assert complete_override("") == [f"{group}=" for group in groups]
+    assert all(complete_override(f"{group}=") for group in groups)
