@@ -66,8 +66,19 @@ def kdrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 # A small experiment without BatchNorm, so that the exact laws hold: a world of vectors, an MLP, a few steps.
 TINY = [
-    "dataset=gaussians", "dataset.classes=6", "dataset.superclasses=3", "dataset.n_train=96", "dataset.n_test=60", "teacher=truth", "student=mlp",
-    "student.hidden=[8]", "source.batch_size=32", "optim.epochs=2", "hardware=cpu", "hardware.threads=1", "run.log_every=1",
+    "dataset=gaussians",
+    "dataset.classes=6",
+    "dataset.superclasses=3",
+    "dataset.n_train=96",
+    "dataset.n_test=60",
+    "teacher=truth",
+    "student=mlp",
+    "student.hidden=[8]",
+    "source.batch_size=32",
+    "optim.epochs=2",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "run.log_every=1",
 ]
 
 
@@ -105,4 +116,6 @@ def write_parquet(folder: Path, image: str, labels: dict[str, int], size: int, r
 @pytest.fixture(scope="session")
 def tiny_cifar100(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """200 + 100 random pictures in the schema of uoft-cs/cifar100."""
-    return write_parquet(tmp_path_factory.mktemp("cifar100"), "img", {"fine_label": 100, "coarse_label": 20}, 32, {"train": 200, "test": 100})
+    return write_parquet(
+        tmp_path_factory.mktemp("cifar100"), "img", {"fine_label": 100, "coarse_label": 20}, 32, {"train": 200, "test": 100}
+    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdrun.cli.options import ConfigDir, Json
+
+if TYPE_CHECKING:
+    from kdrun.config.paths import SearchPath
 
 
 class What(StrEnum):
@@ -45,25 +48,35 @@ def ls(
 
 
 def _options(group: str, config_dirs: list[str]) -> list[dict[str, Any]]:
-    from kdrun.config.paths import SearchPath
-
-    return [{"name": name, **_describe(file, group)} for name, file in SearchPath.of(config_dirs).options(group).items()]
-
-
-def _describe(file: Path, group: str) -> dict[str, Any]:
     import yaml
 
-    text = file.read_text(encoding="utf-8")
-    if group == "recipes":
-        tree = yaml.safe_load(text) or {}
+    from kdrun.config.paths import SearchPath
+
+    search = SearchPath.of(config_dirs)
+    if group != "recipes":
+        return [{"name": name, "about": _about(search, group, name)} for name in search.options(group)]
+    rows = []
+    for name, file in search.options(group).items():
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         paper = tree.get("paper") or {}
-        return {
-            "scale": tree.get("scale", ""),
-            "paper": f"{paper.get('title', '')} ({paper.get('year', '')})",
-            "about": tree.get("about", ""),
-        }
-    comments = [line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#") and "@package" not in line]
-    return {"about": comments[0] if comments else ""}
+        told = f"{paper.get('title', '')} ({paper.get('year', '')})" if paper else ""
+        rows.append({"name": name, "scale": tree.get("scale", "bench"), "paper": told, "about": tree.get("about", "")})
+    return rows
+
+
+def _about(search: SearchPath, group: str, name: str) -> str:
+    """The first comment of an option's file, or of what it is made from: teacher=resnet20 is student=resnet20, a `_resnet`."""
+    import yaml
+
+    file = search.file(group, name)
+    text = file.read_text(encoding="utf-8") if file is not None else ""
+    comment = next((line for line in text.splitlines() if line.startswith("#")), "")
+    parts = [part for part in (yaml.safe_load(text) or {}).get("defaults", []) if part != "_self_"]
+    if comment or not parts:
+        return comment.lstrip("# ").rstrip()
+    last = parts[-1]
+    other, part = next(iter(last.items())) if isinstance(last, dict) else (group, last)
+    return _about(search, str(other).lstrip("/").partition("@")[0], str(part))
 
 
 def _runs(root: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,14 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
     words = {True: f"[{GOOD}]shows[/]", False: f"[{BAD}]does not show[/]", None: f"[{BAD}]open[/]"}
     for claim in document["claims"]:
         console.print(f"claim {escape(claim['text'])}: {words[claim['holds']]}; {escape(claim['sentence'])}", soft_wrap=True)
-    console.print(f"verdict: [bold]{document['verdict']['name']}[/]; {escape(document['verdict']['reason'])}", soft_wrap=True)
+    shown = sum(c["holds"] is True for c in document["claims"])
+    # At bench scale the verdict's reason is the claims' own sentences, which stand above.
+    reason = (
+        f"{shown} of {len(document['claims'])} claims show"
+        if document["claims"] and document["scale"] == "bench"
+        else document["verdict"]["reason"]
+    )
+    console.print(f"verdict: [bold]{document['verdict']['name']}[/]; {escape(reason)}", soft_wrap=True)
     for note in document["notes"]:
         console.print(f"note: {escape(note)}", soft_wrap=True)
     if document["tainted"]:

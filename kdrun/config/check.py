@@ -109,7 +109,7 @@ class _Findings:
             if key in hints:
                 self.value(value, hints[key], f"{prefix}.{key}")
 
-    def value(self, value: Any, hint: Any, name: str, depth: int = 0) -> None:
+    def value(self, value: Any, hint: Any, name: str) -> None:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             if isinstance(value, Mapping):
                 self.tree(value, hint, name)
@@ -121,10 +121,13 @@ class _Findings:
         elif get_origin(hint) is list and isinstance(value, list) and dataclasses.is_dataclass(get_args(hint)[0]):
             for i, item in enumerate(value):
                 self.value(item, get_args(hint)[0], f"{name}.{i}")
+        elif get_origin(hint) in (dict, Mapping) and isinstance(value, Mapping):
+            for key, item in value.items():
+                self.value(item, get_args(hint)[1], f"{name}.{key}")
         elif _optional_dataclass(hint) is not None and value is not None:
             self.value(value, _optional_dataclass(hint), name)
         elif not fits(value, hint):
-            self.add(f"{value!r} is not {describe(hint)}", name, _legal(value, hint))
+            self.add(f"{_shown(value)} is not {describe(hint)}", name, _legal(value, hint))
 
     def target_allowed(self, node: Any, group: str) -> None:
         if not isinstance(node, Mapping):
@@ -166,8 +169,8 @@ class _Findings:
                 continue
             if key not in hints:
                 self.add("unknown key", f"{group}.{key}", did_you_mean(str(key), hints))
-            elif not fits(value, hints[key]):
-                self.add(f"{value!r} is not {describe(hints[key])}", f"{group}.{key}", _legal(value, hints[key]))
+            else:
+                self.value(value, hints[key], f"{group}.{key}")
         if len(self.problems) == before:
             try:
                 instantiate(node, group, self.allowed)
@@ -232,4 +235,13 @@ def _legal(value: Any, hint: Any) -> str:
         if get_origin(part) is Literal
         for a in get_args(part)
     ]
-    return did_you_mean(str(value), words) if words else f"give {describe(hint)}"
+    if words:
+        return did_you_mean(str(value), words)
+    if fits("", hint) and isinstance(value, (int, float)):
+        return f"a text that looks like something else is quoted twice: \"'{_shown(value)}'\""
+    return f"give {describe(hint)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written in YAML and on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

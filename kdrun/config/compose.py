@@ -28,6 +28,8 @@ from kdrun.errors import Problem, Refused, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 # Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
+# What a data set holds is told by its fingerprint, wherever it lies.
+LOCATION = ("path", "workers")
 NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
 
 # Groups whose keys depend on the option: each is typed by the class that it names.
@@ -50,6 +52,7 @@ class Composed:
     def hash(self) -> str:
         """Identifies the experiment: equal for equal settings, however they were written or ordered."""
         semantic = {k: v for k, v in self.tree.items() if k not in NOT_SEMANTIC}
+        semantic["dataset"] = {k: v for k, v in semantic["dataset"].items() if k not in LOCATION}
         return hashlib.sha256(json.dumps(semantic, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def wrap(
         return shard.shard(learner, ranks, device)
     forward: Any = learner
     if compiled:
+        # Compiled code is kept by the class of a network, and its guards do not look at hooks: an earlier run in this process
+        # (another arm of a comparison) would lend its taps to this one.
+        torch.compiler.reset()
         forward = torch.compile(learner)
         if hasattr(built.teacher, "forward"):
             built.teacher.forward = torch.compile(built.teacher.forward)

@@ -104,9 +104,11 @@ def write_record(composed: Composed, document: Mapping[str, Any]) -> Path:
     folder = Path(composed.tree["run"]["root"]) / "ledger"
     folder.mkdir(parents=True, exist_ok=True)
     others = other_choices(composed)
-    name = "-".join([str(composed.recipe), *(f"{g}_{others[g]}" for g in FREE_CHOICES if g in others)])
+    chosen = {group: others[group] for group in FREE_CHOICES if group in others}
+    name = "-".join([str(composed.recipe), *(f"{group}_{option}" for group, option in chosen.items())])
     record = {k: v for k, v in document.items() if k not in ("folder", "tainted", "changed", "planned_runs")}
     record["teacher"] = {k: v for k, v in record["teacher"].items() if k != "from"}  # a path of one machine
+    record["chosen"] = chosen
     write_json(folder / f"{name}.json", record)
     return folder / f"{name}.json"
 

@@ -36,9 +36,10 @@ def cells(record: Mapping[str, Any]) -> list[str]:
     )
     shown = [c for c in record["claims"] if c["holds"] is True]
     cost = record["cost"]
+    at_paper_scale = f"{published['value']:.2f} ({published['table']})" if published else "-"
     return [
-        record["recipe"],
-        f"{published['value']:.2f} ({published['table']})" if published and record["scale"] == "paper" else "another setting",
+        " ".join([record["recipe"], *(f"{group}={option}" for group, option in record.get("chosen", {}).items())]),
+        at_paper_scale if record["scale"] == "paper" else "another setting",
         f"{method} {_measured(arms[method][metric])}",
         rivals or "-",
         f"{arms['ce'][metric]['mean']:.2f}" if "ce" in arms else "-",
@@ -55,6 +56,7 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     paper = record["paper"] or {}
     return {
         "recipe": record["recipe"],
+        "chosen": record.get("chosen", {}),
         "paper": paper.get("arxiv") or paper.get("title"),
         "scale": record["scale"],
         "metric": record["metric"],

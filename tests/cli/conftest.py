@@ -11,7 +11,14 @@ from tests.cli.told import Problem, parse_problems
 from tests.conftest import TINY, Outcome, run_cli
 
 # A live teacher, features and a connector, so that every kind of weights is in its checkpoints.
-TAUGHT = ["objective=fitnet", "objective.teacher_tap=f1", "objective.student_tap=f1", "teacher=mlp", "teacher.hidden=[12]", "teacher.taps={f1: relu1}"]
+TAUGHT = [
+    "objective=fitnet",
+    "objective.teacher_tap=f1",
+    "objective.student_tap=f1",
+    "teacher=mlp",
+    "teacher.hidden=[12]",
+    "teacher.taps={f1: relu1}",
+]
 
 # Settings of a recipe may enter the ledger; settings of a command line may not.
 RECIPE = """# @package _global_

@@ -59,12 +59,23 @@ def test_an_unknown_name_is_refused_with_its_neighbours(refusal: Refusal, overri
         ("run.max_steps=0", "run.max_steps: must be above 0, not 0", "e.g. run.max_steps=1"),
         ("hardware.threads=-1", "hardware.threads: must be above 0, not -1", "e.g. hardware.threads=1"),
         ("objective.temperature=-1", "objective.temperature: cannot be -1", "legal range (0, inf)"),
-        ("objective.weighting=[1]", "objective.weighting: [1] is not one of pld, ce, listmle, plistmle", "legal values: ce, listmle, pld, plistmle"),
-        ("source.batch_size=null", "source.batch_size: None is not a whole number", "give a whole number"),
+        (
+            "objective.weighting=[1]",
+            "objective.weighting: [1] is not one of pld, ce, listmle, plistmle",
+            "legal values: ce, listmle, pld, plistmle",
+        ),
+        ("student.taps.f1=0", "student.taps.f1: 0 is not a text", "a text that looks like something else is quoted twice: \"'0'\""),
+        (
+            "dataset.splits={train: 1}",
+            "dataset.splits.train: 1 is not a text",
+            "a text that looks like something else is quoted twice: \"'1'\"",
+        ),
+        ("source.batch_size=null", "source.batch_size: null is not a whole number", "give a whole number"),
     ],
 )
 def test_a_wrong_type_or_range_is_refused(refusal: Refusal, override: str, head: str, remedy: str) -> None:
-    assert only(refusal("train", override)) == Problem(head, "command line", remedy)
+    extra = ["dataset=cifar100"] if override.startswith("dataset.splits") else []
+    assert only(refusal("train", *extra, override)) == Problem(head, "command line", remedy)
 
 
 @pytest.mark.parametrize(

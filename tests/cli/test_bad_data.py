@@ -33,7 +33,9 @@ def at_row(row: int, value: int) -> Callable[[list[int]], list[int]]:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("value", [100, -1])
-def test_a_label_out_of_range_is_refused_with_its_row(refusal: Refusal, tiny_cifar100: Path, tmp_path: Path, split: str, value: int) -> None:
+def test_a_label_out_of_range_is_refused_with_its_row(
+    refusal: Refusal, tiny_cifar100: Path, tmp_path: Path, split: str, value: int
+) -> None:
     path = relabelled(tiny_cifar100, tmp_path / "data", split, at_row(13, value))
     problem = only(refusal("train", *CIFAR, f"dataset.path={path}"))
     assert problem.head == f"dataset.classes: {split} row 13: label {value} is outside 0..99 (1 such rows in column fine_label)"

@@ -145,7 +145,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(refusal: Refusal, tmp_path:
     if wrapped:  # beside an honest state dict, in torch's own format
         torch.save({"state_dict": mlp(6, 32, [8]).state_dict(), "extra": Bomb(mark)}, file)
     else:
-        file.write_bytes(pickle.dumps(Bomb(mark)))
+        file.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     problem = only(refusal("train", *LIVE, f"teacher.checkpoint={file}"))
     assert not mark.exists()
     assert "opening it could run code; it was not opened" in problem.head

@@ -43,7 +43,9 @@ def test_help_and_listings_import_nothing_heavy(compared: tuple[Path, Outcome]) 
     command = [sys.executable, "-c", SCRIPT, json.dumps([*LIGHT, ["ledger", "--root", str(compared[0].parent)]])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120)
     told = json.loads(done.stdout.splitlines()[-1])
-    assert [line for line, code in zip(LIGHT, told["codes"], strict=False) if code] == [["show", "recipe=pld_cifar10"]]  # a refusal is as quick
+    assert [line for line, code in zip(LIGHT, told["codes"], strict=False) if code] == [
+        ["show", "recipe=pld_cifar10"]
+    ]  # a refusal is as quick
     assert not set(told["modules"]) & set(HEAVY)
     assert "rich" in told["modules"]  # the list of modules is a real one
 

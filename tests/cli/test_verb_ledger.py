@@ -63,7 +63,12 @@ def test_an_empty_ledger_says_how_to_fill_it(kdrun: Callable[..., Outcome], here
 
 def test_the_list_can_be_narrowed(kdrun: Callable[..., Outcome], root: Path) -> None:
     verdict = kdrun("ledger", "--json").json[0]["verdict"]
-    for words, count in ((["--scale", "bench"], 1), (["--scale", "paper"], 0), (["--verdict", verdict], 1), (["--verdict", "reproduced"], 0)):
+    for words, count in (
+        (["--scale", "bench"], 1),
+        (["--scale", "paper"], 0),
+        (["--verdict", verdict], 1),
+        (["--verdict", "reproduced"], 0),
+    ):
         assert len(kdrun("ledger", *words, "--json").json) == count
     assert kdrun("ledger", "--scale", "paper").out.strip() == "none of the 1 records is of this kind"
 

@@ -64,7 +64,12 @@ def test_runs_are_listed_with_their_state(
         patch.setattr(StageRun, "stop_requested", lambda self: self.stage.step >= 3)
         kdrun("train", *TINY, "objective=dkd", "run.dir=outputs/run/stopped", "-q")
     rows = {Path(row["name"]).name: row for row in kdrun("ls", "runs", "--json").json}
-    assert {name: row["state"] for name, row in rows.items()} == {"whole": "done", "many": "done", "limited": "tainted", "stopped": "resumable"}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "whole": "done",
+        "many": "done",
+        "limited": "tainted",
+        "stopped": "resumable",
+    }
     assert (rows["whole"]["objective"], rows["many"]["recipe"]) == ("fitnet", "small")
     assert rows["whole"]["result"].startswith("top1 ")
     assert rows["many"]["result"].startswith("pld ")
@@ -73,6 +78,8 @@ def test_runs_are_listed_with_their_state(
     assert "outputs/run/stopped" in kdrun("ls", "runs").out
 
 
-def test_a_run_that_was_named_by_hand_is_found_where_it_lies(kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]) -> None:
+def test_a_run_that_was_named_by_hand_is_found_where_it_lies(
+    kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]
+) -> None:
     shutil.copytree(finished[0], here / "mine")
     assert kdrun("ls", "runs", "--root=.", "-q").out.split() == ["mine"]

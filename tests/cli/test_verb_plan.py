@@ -20,8 +20,9 @@ IMAGENET = [
 
 
 def test_a_run_is_planned_from_its_configuration(kdrun: Callable[..., Outcome], here: Path) -> None:
-    outcome = kdrun("plan", *TINY, "teacher=mlp", "teacher.hidden=[12]", "objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=p1",
-                    "teacher.taps={p1: fc1}", "--json")  # fmt: skip
+    teacher = ["teacher=mlp", "teacher.hidden=[12]", "teacher.taps={p1: fc1}"]
+    fitnet = ["objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=p1"]
+    outcome = kdrun("plan", *TINY, *teacher, *fitnet, "--json")
     assert outcome.code == 0, outcome.err
     plan = outcome.json
     assert plan["models"]["student"] == {"parameters": 32 * 8 + 8 + 8 * 6 + 6, "flops": 2 * (32 * 8 + 8 * 6), "output": "[B, 6]"}
@@ -35,7 +36,9 @@ def test_a_run_is_planned_from_its_configuration(kdrun: Callable[..., Outcome], 
 
 
 def test_the_plan_is_told_in_words(kdrun: Callable[..., Outcome], here: Path) -> None:
-    out = kdrun("plan", *TINY, "objective=fitnet", "teacher=mlp", "teacher.hidden=[8,8]", "objective.student_tap=f1", "run.seeds=[1,2,3]").out
+    out = kdrun(
+        "plan", *TINY, "objective=fitnet", "teacher=mlp", "teacher.hidden=[8,8]", "objective.student_tap=f1", "run.seeds=[1,2,3]"
+    ).out
     assert out.splitlines()[0] == "run: fitnet, mlp -> mlp on gaussians"
     for line in (
         r"tap      student f1: \[8\]",

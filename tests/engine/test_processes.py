@@ -13,8 +13,8 @@ from tests.engine.processes import count_lines, kdrun_process, wait_until
 from tests.engine.running import assert_same_run, run, training_lines
 
 # Long enough to be met in the middle; a checkpoint every other step, so that a kill may well fall into the writing of one.
-LONG = ["dataset.n_train=960", "optim.epochs=20", "run.checkpoint_every=0.07", "evaluation.every_epochs=5", "optim.ema=0.99", "objective=pld"]
-STEPS = 600
+LONG = ["dataset.n_train=960", "optim.epochs=10", "run.checkpoint_every=0.1", "evaluation.every_epochs=5", "optim.ema=0.99", "objective=pld"]
+STEPS = 300
 
 
 def test_a_process_that_is_stopped_then_killed_at_random_is_resumed_to_the_same_bytes(tiny: list[str], tmp_path: Path) -> None:

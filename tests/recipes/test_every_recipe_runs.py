@@ -1,0 +1,50 @@
+"""Every recipe really runs: two optimiser steps on the real path, over small data in the schema of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kdrun.config.compose import compose
+from kdrun.config.paths import SearchPath
+from tests.conftest import run_cli
+from tests.recipes.standins import stand_in, write_imagenet
+
+RECIPES = list(SearchPath.of().options("recipes"))
+DRY = ["run.dry=true", "run.rivals=false", "run.seeds=null"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdrun.engine.run.plot_curves", lambda folder: None)
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {"cifar100": tiny_cifar100, "imagenet": write_imagenet(tmp_path_factory.mktemp("imagenet"))}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all recipes: those that agree on a teacher share it."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_two_steps(name: str, folders: dict[str, Path], root: Path) -> None:
+    composed = compose([f"recipe={name}"])
+    small = stand_in(composed.tree["dataset"]["name"], folders)
+    outcome = run_cli("train", f"recipe={name}", *DRY, *small, f"run.root={root}", f"run.dir={root / name / 'run'}")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((root / name / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert summary["tainted"]  # a dry run is no result
+    assert 0 <= summary["value"] <= 100
+    assert summary["choices"]["objective"] == composed.choices["objective"]
+    assert bool(summary["teacher"]) == (composed.tree["teacher"]["kind"] != "none")
+    lines = [json.loads(line) for line in (root / name / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2
+    assert all(0 < loss < 1e4 for loss in losses)
