@@ -27,7 +27,7 @@ slow: setup ## the long tests too
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: setup ## style
-	$(BIN)/ruff check kdrun tests
+	$(BIN)/ruff check kdrun tests && $(BIN)/ruff format --check kdrun tests
 
 type: setup ## types
 	$(BIN)/mypy

@@ -18,7 +18,9 @@ from tests.conftest import Outcome
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.DOTALL)
-COMMANDS = [line.split(" #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line.startswith("kdrun train")]
+COMMANDS = [
+    line.split(" #")[0].strip() for kind, block in BLOCKS if not kind for line in block.splitlines() if line.startswith("kdrun train")
+]
 OWN_NET = """
 from torch import nn
 

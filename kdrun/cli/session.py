@@ -43,8 +43,9 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
     from kdrun.engine import compare
     from kdrun.engine.build import load_data
     from kdrun.engine.records import SUMMARY, read_json, write_json
-    from kdrun.ledger.record import assess, write_record
+    from kdrun.ledger.record import assess, check_claims, write_record
 
+    check_claims(composed)
     folder = folder or run_folder(composed)
     listed = compare.jobs(composed, folder)
     # One process and one data set for all arms that agree on it; ranks and clusters load their own.

@@ -30,30 +30,16 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
     table = Table()
     for heading in ("", "measured", *(["published", "difference", "from"] if paper else [])):
         table.add_column(heading, justify="left" if heading in ("", "from") else "right")
-    rows = [
-        (
-            f"{composed.choices['objective']} ({composed.choices['student']})",
-            summary["value"],
-            lookup(tree["published"], facts, composed.choices["objective"]),
-        )
-    ]
-    if summary["teacher"]:
-        rows.insert(
-            0, (f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric), lookup(tree["published"], facts, "teacher"))
-        )
-    for name, value, published in rows:
-        cells = [name, f"{value:.2f}"]
-        if paper:
-            cells += (
-                [
-                    f"{published.value:.2f}",
-                    f"{value - published.value:+.2f}",
-                    f"{published.table}, {published.protocol}, n={published.n or '?'}",
-                ]
-                if published
-                else ["-", "", ""]
-            )
-        table.add_row(*cells)
+    rows = [("teacher", f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric))] if metric in summary["teacher"] else []
+    method = composed.choices["objective"]
+    rows.append((method, f"{method} ({composed.choices['student']})", summary["value"]))
+    for name, label, value in rows:
+        published = lookup(tree["published"], facts, name, metric)
+        beside = ["-", "", ""]
+        if published:
+            source = f"{published.table}, {published.protocol}, n={published.n or '?'}"
+            beside = [f"{published.value:.2f}", f"{value - published.value:+.2f}", escape(source)]
+        table.add_row(label, f"{value:.2f}", *(beside if paper else []))
     console.print(table)
     others = {k: v for k, v in summary["test"].items() if k != metric}
     console.print("  ".join(f"{k} {v:.4g}" for k, v in others.items()), soft_wrap=True)
@@ -77,7 +63,7 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
     table.add_column("arm")
     for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
         table.add_column(heading, justify="right")
-    if document["teacher"]:
+    if metric in document["teacher"]:
         table.add_row("teacher", f"{document['teacher'][metric]:.2f}", "", "", "", "", style="dim")
     ordered = sorted(document["arms"], key=lambda a: document["arms"][a][metric]["mean"])
     for arm in ordered:

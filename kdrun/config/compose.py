@@ -27,9 +27,9 @@ from kdrun.config.paths import GROUPS, SearchPath
 from kdrun.errors import Problem, Refused, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
-# Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
 # What a data set holds is told by its fingerprint, wherever it lies.
 LOCATION = ("path", "workers")
+# Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
 NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
 
 # Groups whose keys depend on the option: each is typed by the class that it names.
@@ -101,7 +101,10 @@ def _parse(overrides: Sequence[str], search: SearchPath) -> tuple[list[Override]
             what = str(error).splitlines()[0]
             problems.append(
                 Problem(
-                    f"cannot be read as an override ({what})", text, COMMAND_LINE, "write key=value; quote values with spaces or commas"
+                    f"cannot be read as an override ({what})",
+                    text,
+                    COMMAND_LINE,
+                    "write key=value; quote a text that has spaces, commas or = in it",
                 )
             )
     return parsed, problems

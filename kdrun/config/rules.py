@@ -20,9 +20,18 @@ POSITIVE = (
     "hardware.threads",
 )
 
+BESIDE_A_TEACHER = ("agreement", "kl_teacher", "teacher_top1", "pair_order")  # metrics of kdrun.evaluation that need its logits
+
 
 def cross_checks(composed: Composed) -> list[Problem]:
-    return [*_ranges(composed), *_protocol(composed), *_micro_batch(composed), *_hardware(composed), *_teacher(composed)]
+    return [
+        *_ranges(composed),
+        *_protocol(composed),
+        *_primary(composed),
+        *_micro_batch(composed),
+        *_hardware(composed),
+        *_teacher(composed),
+    ]
 
 
 def _get(tree: Any, key: str) -> Any:
@@ -64,6 +73,13 @@ def _protocol(composed: Composed) -> Iterator[Problem]:
             "evaluation.protocol",
             "evaluation.protocol=last, or best_val with dataset.validation=0.1",
         )
+
+
+def _primary(composed: Composed) -> Iterator[Problem]:
+    primary = _get(composed.tree, "evaluation.primary")
+    if primary in BESIDE_A_TEACHER and _get(composed.tree, "teacher.kind") == "none":
+        remedy = "evaluation.primary=top1; for a teacher that is trained first: teacher.fit.evaluation.primary=top1"
+        yield _problem(composed, f"'{primary}' is measured beside a teacher, and there is none", "evaluation.primary", remedy)
 
 
 def _micro_batch(composed: Composed) -> Iterator[Problem]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from kdrun.config.compose import Composed
-from kdrun.engine.records import SUMMARY, read_json
+from kdrun.engine.records import ORIGIN, SUMMARY, read_json
 from kdrun.engine.report import Reporter
 from kdrun.errors import Problem, Refused, RunFailed
 from kdrun.hardware.launch import EXIT_FILE, raise_again, write_spec
@@ -38,7 +39,10 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
         return {"job": job.job_id, "folder": str(folder), "waiting": False}
     job.wait()
     if (jobs / EXIT_FILE).exists():
-        raise_again(read_json(jobs / EXIT_FILE))
+        outcome = read_json(jobs / EXIT_FILE)
+        if not (folder / ORIGIN).exists():  # it was refused before it began: nothing is left behind
+            shutil.rmtree(folder)
+        raise_again(outcome)
     if not (folder / SUMMARY).exists():
         raise RunFailed(
             f"job {job.job_id} ended without a result; the end of its log:\n" + "\n".join((job.stderr() or "").splitlines()[-25:])

@@ -22,13 +22,16 @@ class PublishedValue:
     protocol: str
 
 
-def lookup(published: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], name: str) -> PublishedValue | None:
+def lookup(published: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], name: str, metric: str | None = None) -> PublishedValue | None:
     """The cell of `name` (an objective or "teacher") in the first row whose conditions hold, or None.
 
     A row is {if: [teacher=resnet32x4, student=resnet8x4], pld: [73.97, 0.05], at: 71.99, ...}: a value, or a value and
     its standard deviation. Conditions speak of groups or of leaves (student.name=resnet50); `facts` has both.
+    `metric`: look only into tables of this one.
     """
     for table in published:
+        if metric is not None and table.get("metric", "top1") != metric:
+            continue
         for row in table.get("rows", []):
             if name not in row or not _meets(row.get("if", []), facts, WITHOUT.get(name)):
                 continue

@@ -9,13 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdrun.config.check import instantiate
 from kdrun.config.compose import COMMAND_LINE, NOT_SEMANTIC, Composed, compose
+from kdrun.config.paths import SearchPath
 from kdrun.engine import compare, provenance
+from kdrun.engine.build import allowed
 from kdrun.engine.compare import Job
 from kdrun.engine.records import write_json
 from kdrun.engine.run import taints
-from kdrun.errors import CheckFailed
-from kdrun.ledger.claims import ClaimResult, judge_claim, parse_claim
+from kdrun.errors import CheckFailed, Refused
+from kdrun.evaluation.metrics import kind
+from kdrun.ledger.claims import ClaimResult, claim_problems, judge_claim, parse_claim
 from kdrun.ledger.published import lookup
 from kdrun.ledger.statistics import paired, summary
 from kdrun.ledger.table import read_ledger
@@ -32,9 +36,16 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     done = list(compare.finished(list(listed)))
     primary = tree["evaluation"]["primary"]
     claims = [judge_claim(text, table, primary) for text in tree["claims"] if _answerable(text, table, primary)]
-    published = lookup(tree["published"], composed.facts(), method)
+    published = lookup(tree["published"], composed.facts(), method, primary)
     measured = list(table.get(method, {}).get(primary, {}).values())
-    verdict = judge(measured, dataclasses.asdict(published) if published else None, scale=tree["scale"], claims=claims)
+    told = kind(primary)
+    verdict = judge(
+        measured,
+        dataclasses.asdict(published) if published else None,
+        scale=tree["scale"],
+        claims=claims,
+        higher_is_better=told is None or told.higher_is_better,
+    )
     tainted = sorted({t for _, s in done for t in s["tainted"]})
     changed = changed_from_recipe(composed)
     return {
@@ -91,6 +102,19 @@ def other_choices(composed: Composed) -> dict[str, str]:
     return {group: option for group, option in composed.choices.items() if own.get(group) != option}
 
 
+def check_claims(composed: Composed) -> None:
+    """Raise `Refused`, before the first run, for claims that cannot be read or name an arm or metric that there is not.
+
+    A claim may speak of any objective: one that is not among the arms of this comparison is left open.
+    """
+    tree = composed.tree
+    arms = {*SearchPath.of(composed.config_dirs).options("objective"), *tree["rivals"], compare.method_name(composed)}
+    metrics = instantiate(tree["evaluation"], "evaluation", allowed(tree)).names()
+    problems = claim_problems(tree["claims"], arms, metrics, tree["evaluation"]["primary"])
+    if problems:
+        raise Refused(problems)
+
+
 def must_be_recordable(composed: Composed) -> None:
     """Raise `CheckFailed`, before a run costs anything, for what its configuration alone keeps out of the ledger."""
     _refuse([*taints(composed), *_not_the_recipe(composed, changed_from_recipe(composed))])
@@ -126,8 +150,9 @@ def _refuse(reasons: Sequence[str]) -> None:
 
 
 def _answerable(text: str, table: Mapping[str, Any], primary: str) -> bool:
+    """Whether both arms were run and have the metric: a student alone has no agreement with a teacher."""
     claim = parse_claim(text, primary)
-    return claim.left in table and claim.right in table
+    return all(claim.metric in table.get(arm, ()) for arm in (claim.left, claim.right))
 
 
 def _row(by_seed: Mapping[int, float]) -> dict[str, Any]:
@@ -138,4 +163,4 @@ def _clean(claim: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in claim.items()}
 
 
-__all__ = ["ClaimResult", "assess", "changed_from_recipe", "must_be_recordable", "read_ledger", "write_record"]
+__all__ = ["ClaimResult", "assess", "changed_from_recipe", "check_claims", "must_be_recordable", "read_ledger", "write_record"]

@@ -43,7 +43,7 @@ def cells(record: Mapping[str, Any]) -> list[str]:
         f"{method} {_measured(arms[method][metric])}",
         rivals or "-",
         f"{arms['ce'][metric]['mean']:.2f}" if "ce" in arms else "-",
-        f"{record['teacher'][metric]:.2f}" if record["teacher"] else "-",
+        f"{record['teacher'][metric]:.2f}" if metric in record["teacher"] else "-",
         f"{len(shown)} of {len(record['claims'])} show",
         record["verdict"]["name"],
         f"{cost['seconds'] / 60:.0f} min on {cost['hardware'].split(',')[0]}",

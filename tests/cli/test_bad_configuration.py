@@ -215,3 +215,29 @@ def test_a_command_that_there_is_not_has_exit_code_2(kdrun: Callable[..., Outcom
     outcome = kdrun(*arguments)
     assert outcome.code == 2
     assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("teacher", ["none", "mlp"])
+def test_a_metric_beside_a_teacher_needs_one(refusal: Refusal, tiny: list[str], teacher: str) -> None:
+    """The student alone has none, and neither has a teacher while it is trained."""
+    problem = only(refusal("train", *tiny, f"teacher={teacher}", "objective=ce", "evaluation.primary=agreement"))
+    assert problem.head == "evaluation.primary: 'agreement' is measured beside a teacher, and there is none"
+    assert "teacher.fit.evaluation.primary=top1" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("claim", "said", "remedy"),
+    [
+        ("pld better than ce", "'pld better than ce' is not a claim", "write 'pld > ce'"),
+        ("pld > cee", "names an unknown arm: 'cee'", "ce"),
+        ("pld.topp1 > ce.topp1", "names an unknown metric: 'topp1'", "top1"),
+    ],
+)
+def test_a_claim_that_cannot_be_judged_is_refused_before_the_first_arm(
+    refusal: Refusal, own_recipes: Path, tmp_path: Path, claim: str, said: str, remedy: str
+) -> None:
+    spoilt(own_recipes, tmp_path, '"pld > ce"', f'"{claim}"')
+    problem = only(refusal("train", "recipe=small", f"--config-dir={tmp_path}"))
+    assert said in problem.head
+    assert problem.where.startswith("recipes/small.yaml:")
+    assert remedy in problem.remedy

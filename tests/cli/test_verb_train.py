@@ -9,10 +9,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from kdrun.cli import console
@@ -80,7 +80,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, Outcome]) -> None:
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["teacher"]["sha256"]
     assert provenance["data"]["fingerprint"]
-    assert provenance["environment"]["packages"]["torch"] == torch.__version__
+    assert provenance["environment"]["packages"]["torch"] == metadata.version("torch")
     assert provenance["origins"]["optim.epochs"] == "command line"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2, 3, 4, 5, 6]
@@ -101,6 +101,14 @@ def test_quiet_prints_the_result_and_no_progress(kdrun: Callable[..., Outcome], 
     assert "kd (mlp)" in outcome.out
     assert "epoch 1" not in outcome.out
     assert "compile" not in outcome.out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(kdrun: Callable[..., Outcome], here: Path) -> None:
+    outcome = kdrun("train", *KD, "optim.lr=1e30", "optim.epochs=9", "run.dir=run", "-q")
+    assert outcome.code == 1
+    assert re.match(r"failed: not finite at step \d+ of student, phase student: term.* (ce|kd).*; batch of 32 samples, ids \d", outcome.err)
+    assert "Traceback" not in outcome.err
+    assert kdrun("ls", "runs", "--root=.", "--json").json[0]["state"] in ("started", "resumable")
 
 
 @pytest.mark.slow
@@ -171,6 +179,18 @@ def test_a_limited_run_is_tainted_and_says_so(kdrun: Callable[..., Outcome], her
     assert re.search(rf"tainted \(.*{re.escape(said)}.*\): may not enter the ledger", outcome.out)
     (taint,) = json.loads((here / "run" / "summary.json").read_text())["tainted"]
     assert said in taint
+
+
+@pytest.mark.parametrize("primary", ["agreement", "nll"])
+def test_a_run_may_be_judged_by_another_metric(kdrun: Callable[..., Outcome], here: Path, own_recipes: Path, primary: str) -> None:
+    """One that a teacher does not have, or of which less is better; the published accuracies are not put beside it."""
+    small = ["recipe=small", f"--config-dir={own_recipes}", f"evaluation.primary={primary}", "scale=paper", 'claims=["pld > kd"]']
+    for arms in (["run.rivals=false", "run.seeds=null"], ["rivals={kd: ['objective=kd']}", "run.seeds=[1,2]"]):
+        outcome = kdrun("train", *small, *arms)
+        assert outcome.code == 0, outcome.err
+        assert primary in outcome.out
+        assert "60.00" not in outcome.out
+    assert kdrun("ls", "runs", "--json").json[0]["result"].startswith(primary)
 
 
 def test_a_whole_run_is_not_tainted(finished: tuple[Path, Outcome]) -> None:

@@ -72,9 +72,10 @@ def killing(monkeypatch: pytest.MonkeyPatch, method: str, step: int, stage: str 
 
 def run_killed(overrides: Sequence[str], folder: Path, method: str, step: int, stage: str = "student", after: bool = False) -> None:
     """A run that ends in the middle."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         killing(patch, method, step, stage, after)
-        run(overrides, folder)
+        with pytest.raises(Killed):
+            run(overrides, folder)
 
 
 def training_lines(folder: Path) -> list[dict[str, Any]]:

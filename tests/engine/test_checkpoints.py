@@ -32,7 +32,9 @@ def tensors() -> st.SearchStrategy[Tensor]:
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), tensors())
 KEYS = st.one_of(st.sampled_from(["a", "b", "a/b", "/", "0", "", "__tensor__", "__dict__", "__tuple__"]), st.integers(-2, 2), st.booleans())
 NESTED = st.recursive(
-    LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner, inner), st.dictionaries(KEYS, inner, max_size=4)), max_leaves=12
+    LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner, inner), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=12,
 )
 
 
@@ -101,7 +103,9 @@ def test_damaged_later_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004"]
 
 
-def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]) -> None:
+def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(
+    tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]
+) -> None:
     base = [*tiny, "optim.epochs=4"]
     run(base, tmp_path / "unbroken")
     run_killed(base, tmp_path / "run", "step_done", 10)
@@ -113,7 +117,9 @@ def test_a_run_with_a_damaged_newest_checkpoint_goes_on_from_the_one_before(tiny
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_starts_from_the_beginning(tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_starts_from_the_beginning(
+    tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]
+) -> None:
     base = [*tiny, "optim.epochs=4"]
     run(base, tmp_path / "unbroken")
     run_killed(base, tmp_path / "run", "step_done", 10)
@@ -137,9 +143,10 @@ def test_a_checkpoint_exists_whole_or_not_at_all(failing: str, tiny: list[str], 
             raise OSError("no space left on device")
         original(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no space left"):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state.os, failing, fails)
-        run(tiny, tmp_path / "run")
+        with pytest.raises(OSError, match="no space left"):
+            run(tiny, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     assert [p.name for p in checkpoints.glob("step-*")] == ["step-00000003"]
     assert (state.newest(checkpoints) or [None])[0] == 3
@@ -156,3 +163,13 @@ def test_a_checkpoint_knows_how_much_of_the_metrics_is_its_own(tiny: list[str], 
     mine = whole[: found[1]["metrics_offset"]].decode().splitlines()
     assert [json.loads(line)["step"] for line in mine] == [1, 2, 3, 3]  # three steps and the evaluation of the third
     assert [json.loads(line)["step"] for line in whole.decode().splitlines()] == [1, 2, 3, 3, 4, 5]
+
+
+def test_the_cost_of_a_run_counts_what_was_spent_before_a_kill(tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]) -> None:
+    run_killed(tiny, tmp_path / "run", "step_done", 5)
+    found = state.newest(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    before = found[1]["seconds"]
+    assert min(before) > 0  # by the clock, and of the processor
+    resumed = kdrun("resume", str(tmp_path / "run"), "--json")
+    assert resumed.json["cost"]["seconds"] > before[0]

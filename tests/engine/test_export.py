@@ -11,15 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kdrun.config.compose import compose
+from kdrun.engine.build import load_data
+from kdrun.engine.records import SUMMARY, read_json
 from kdrun.engine.run import STUDENT_FILE
 from kdrun.student.mlp import mlp
 from kdrun.student.resnet import resnet8
 from tests.engine.running import Notes, run
-from kdrun.config.compose import compose
-from kdrun.engine.build import load_data
-from kdrun.engine.records import SUMMARY, read_json
 
-DIGITS = ["dataset=digits", "dataset.subset=40", "dataset.subset_test=60", "source.batch_size=20", "optim.epochs=1", "hardware=cpu", "hardware.threads=1"]
+DIGITS = [
+    "dataset=digits",
+    "dataset.subset=40",
+    "dataset.subset_test=60",
+    "source.batch_size=20",
+    "optim.epochs=1",
+    "hardware=cpu",
+    "hardware.threads=1",
+]
 CIFAR = ["dataset=cifar100", "source.batch_size=100", "optim.epochs=1", "hardware=cpu", "hardware.threads=1"]
 
 

@@ -43,7 +43,8 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     bundle = read_json(folder / "not_finite.json")
     assert (bundle["step"], bundle["stage"], bundle["phase"], len(bundle["ids"])) == (STEP, "student", "student", 32)
     assert all(str(i) in failed.err for i in bundle["ids"][:3])
-    assert math.isfinite(bundle["terms"]["ce"]) and not math.isfinite(bundle["terms"]["poison"] if what != "gradient" else bundle["grad_norm"])
+    assert math.isfinite(bundle["terms"]["ce"])
+    assert not math.isfinite(bundle["terms"]["poison"] if what != "gradient" else bundle["grad_norm"])
     assert len(training_lines(folder)) == STEP - 1
     # The last good checkpoint loads, and once the cause is gone the run goes on as if nothing had been.
     assert (state.newest(folder / "checkpoints") or [None])[0] == 6
@@ -79,7 +80,9 @@ def test_a_term_without_weight_cannot_stop_a_run(tiny: list[str], trap: Path, tm
     assert all(math.isfinite(line["loss"]) for line in training_lines(tmp_path / "run"))
 
 
-def test_a_bad_step_on_an_accelerator_is_found_at_the_next_logging_step_and_nothing_after_it_is_saved(tiny: list[str], trap: Path, tmp_path: Path) -> None:
+def test_a_bad_step_on_an_accelerator_is_found_at_the_next_logging_step_and_nothing_after_it_is_saved(
+    tiny: list[str], trap: Path, tmp_path: Path
+) -> None:
     """There the check is deferred (one host sync per logging step); simulated by the stage's word for its device."""
 
     class Elsewhere:

@@ -68,8 +68,12 @@ def test_cosine_falls_from_the_warm_up_to_the_smallest_rate(tiny: list[str], tmp
     assert found[0] == 0
 
 
-@pytest.mark.parametrize("schedule", [["optim.schedule.milestones=[0.5]"], ["optim.schedule.name=cosine", "optim.schedule.warmup_epochs=1.5"]])
-def test_the_schedule_is_the_same_after_a_resume(schedule: list[str], tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize(
+    "schedule", [["optim.schedule.milestones=[0.5]"], ["optim.schedule.name=cosine", "optim.schedule.warmup_epochs=1.5"]]
+)
+def test_the_schedule_is_the_same_after_a_resume(
+    schedule: list[str], tiny: list[str], tmp_path: Path, kdrun: Callable[..., Outcome]
+) -> None:
     base = [*tiny, "optim=adamw", "optim.epochs=4", *schedule]
     run(base, tmp_path / "unbroken")
     run_killed(base, tmp_path / "run", "step_done", 5)

@@ -11,8 +11,12 @@ import torch
 from kdrun.engine import loop
 from tests.engine.running import run, staged, training_lines, weights
 
-OBJECTIVES = {"kd": ["objective=kd"], "pld": ["objective=pld"], "fitnet": ["objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=f1"],
-              "crd": ["objective=crd", "objective.negatives=20", "objective.width=8"]}  # fmt: skip
+OBJECTIVES = {
+    "kd": ["objective=kd"],
+    "pld": ["objective=pld"],
+    "fitnet": ["objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=f1"],
+    "crd": ["objective=crd", "objective.negatives=20", "objective.width=8"],
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -13,7 +13,14 @@ from tests.engine.processes import count_lines, kdrun_process, wait_until
 from tests.engine.running import assert_same_run, run, training_lines
 
 # Long enough to be met in the middle; a checkpoint every other step, so that a kill may well fall into the writing of one.
-LONG = ["dataset.n_train=960", "optim.epochs=10", "run.checkpoint_every=0.1", "evaluation.every_epochs=5", "optim.ema=0.99", "objective=pld"]
+LONG = [
+    "dataset.n_train=960",
+    "optim.epochs=10",
+    "run.checkpoint_every=0.1",
+    "evaluation.every_epochs=5",
+    "optim.ema=0.99",
+    "objective=pld",
+]
 STEPS = 300
 
 

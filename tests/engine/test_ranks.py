@@ -49,14 +49,26 @@ def assert_ranks_change_nothing(base: list[str], ranks: list[str], tmp_path: Pat
         pytest.param([*PLD, "optim.ema=0.9", "optim.clip_norm=0.5"], [], id="pld-ema-clipped", marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_train_what_one_process_trains(objective: list[str], ranks: list[str], tiny: list[str], live: list[str], tmp_path: Path) -> None:
+def test_two_ranks_train_what_one_process_trains(
+    objective: list[str], ranks: list[str], tiny: list[str], live: list[str], tmp_path: Path
+) -> None:
     assert_ranks_change_nothing([*tiny, *live, *ODD, *objective], ranks, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_ranks_that_are_told_to_stop_save_and_can_be_resumed(wrap: str, tiny: list[str], live: list[str], tmp_path: Path) -> None:
-    base = [*tiny, *live, *ODD, *CRD, *RANKS, f"hardware.wrap={wrap}", "optim.epochs=150", "evaluation.every_epochs=50", "run.checkpoint_every=50"]
+    base = [
+        *tiny,
+        *live,
+        *ODD,
+        *CRD,
+        *RANKS,
+        f"hardware.wrap={wrap}",
+        "optim.epochs=150",
+        "evaluation.every_epochs=50",
+        "run.checkpoint_every=50",
+    ]
     folder = tmp_path / "run"
     with kdrun_process("train", *base, f"run.dir={folder}", "--quiet") as child:
         wait_until(lambda: count_lines(folder / METRICS) > 20, child)
@@ -81,5 +93,6 @@ def test_a_refusal_in_a_rank_is_the_refusal_of_the_command(tiny: list[str], tmp_
     base = [*tiny, *RANKS, "source.batch_size=19", f"run.dir={tmp_path / 'run'}"]  # 96 = 5 * 19 + 1
     done = kdrun_to_end("train", *base)
     assert done.returncode == 2, done.stderr
-    assert "source.drop_last=true" in done.stderr and "Traceback" not in done.stderr
+    assert "source.drop_last=true" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()

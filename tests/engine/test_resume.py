@@ -17,12 +17,28 @@ from tests.engine.running import Killed, assert_same_run, checkpoint_tensors, ki
 
 # Three epochs of three steps, the last of each a partial batch; a checkpoint every two steps, so most steps lie between two.
 STEPS = 9
-PACE = ["source.batch_size=40", "optim.epochs=3", "run.checkpoint_every=0.6", "optim.schedule.name=cosine", "optim.schedule.warmup_epochs=1"]
+PACE = [
+    "source.batch_size=40",
+    "optim.epochs=3",
+    "run.checkpoint_every=0.6",
+    "optim.schedule.name=cosine",
+    "optim.schedule.warmup_epochs=1",
+]
 DROPOUT = ["student=custom", "student._target_=tests.engine.parts.DropoutMLP", "student.taps={pooled: fc@in}", "run.allow=[tests]"]
 STATEFUL = [*PACE, *DROPOUT, "objective=crd", "objective.negatives=20", "objective.width=8", "optim.ema=0.8", "optim.clip_norm=1.0"]
 IMAGES = [
-    "dataset=digits", "dataset.subset=48", "dataset.subset_test=20", "dataset.padding=1", "teacher=none", "student=resnet8", "optim=adamw",
-    "source.batch_size=20", "optim.epochs=2", "hardware=cpu", "hardware.threads=1", "run.log_every=1",
+    "dataset=digits",
+    "dataset.subset=48",
+    "dataset.subset_test=20",
+    "dataset.padding=1",
+    "teacher=none",
+    "student=resnet8",
+    "optim=adamw",
+    "source.batch_size=20",
+    "optim.epochs=2",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "run.log_every=1",
 ]
 Command = Callable[..., Outcome]
 
@@ -54,17 +70,26 @@ def test_the_comparison_sees_all_that_can_be_forgotten(stateful: tuple[list[str]
     kept = checkpoint_tensors(stateful[1])
     momentum = [name for name in kept if name.endswith("/momentum_buffer")]
     assert len(momentum) == 8  # two layers of the student, two embeddings
-    assert {"/objective/bank_student", "/objective/bank_teacher", "/objective/log_z", "/ema/n_averaged", "/learner/student.module.forwards"} <= kept.keys()
+    assert {
+        "/objective/bank_student",
+        "/objective/bank_teacher",
+        "/objective/log_z",
+        "/ema/n_averaged",
+        "/learner/student.module.forwards",
+    } <= kept.keys()
     assert int(kept["/learner/student.module.forwards"]) == STEPS
 
 
-def test_a_run_killed_again_and_again_is_resumed_to_the_same_bytes(stateful: tuple[list[str], Path], tmp_path: Path, kdrun: Command) -> None:
+def test_a_run_killed_again_and_again_is_resumed_to_the_same_bytes(
+    stateful: tuple[list[str], Path], tmp_path: Path, kdrun: Command
+) -> None:
     overrides, unbroken = stateful
     run_killed(overrides, tmp_path / "run", "step_done", 3)
     for step in (3, 4, 5, 9):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        with pytest.MonkeyPatch.context() as patch:
             killing(patch, "step_done", step)
-            kdrun("resume", str(tmp_path / "run"), "--quiet")
+            with pytest.raises(Killed):
+                kdrun("resume", str(tmp_path / "run"), "--quiet")
     assert kdrun("resume", str(tmp_path / "run"), "--quiet").code == 0
     assert_same_run(tmp_path / "run", unbroken)
 
@@ -76,7 +101,9 @@ def test_a_finished_run_is_resumed_to_itself(stateful: tuple[list[str], Path], t
     assert kdrun("resume", str(tmp_path / "run"), "--quiet").code == 0
     assert_same_run(tmp_path / "run", unbroken)
     after = read_json(tmp_path / "run" / SUMMARY)
-    assert {k: v for k, v in after.items() if k not in ("cost", "finished")} == {k: v for k, v in before.items() if k not in ("cost", "finished")}
+    assert {k: v for k, v in after.items() if k not in ("cost", "finished")} == {
+        k: v for k, v in before.items() if k not in ("cost", "finished")
+    }
 
 
 @pytest.mark.parametrize("step", [2, 4, 6])
@@ -97,9 +124,10 @@ def test_a_kill_during_an_evaluation_leaves_no_trace(tiny: list[str], tmp_path: 
         if step == 6:
             raise Killed
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StageRun, "evaluate", evaluate)
-        run(base, tmp_path / "run")
+        with pytest.raises(Killed):
+            run(base, tmp_path / "run")
     assert kdrun("resume", str(tmp_path / "run"), "--quiet").code == 0
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
     summaries = [read_json(tmp_path / name / SUMMARY) for name in ("run", "unbroken")]
@@ -151,4 +179,5 @@ def test_a_resumed_run_keeps_its_configuration(tiny: list[str], tmp_path: Path, 
     run_killed(tiny, tmp_path / "run", "step_done", 4)
     refused = kdrun("resume", str(tmp_path / "run"), "optim.lr=1.0")
     assert refused.code == 2
-    assert "optim.lr=1.0" in refused.err and "plan.start_from=" in refused.err
+    assert "optim.lr=1.0" in refused.err
+    assert "plan.start_from=" in refused.err

@@ -18,7 +18,13 @@ OBJECTIVES = {
     "kd": ["objective=kd"],
     "dkd": ["objective=dkd", "objective.warmup_epochs=2"],
     "pld": ["objective=pld"],
-    "fitnet": ["objective=fitnet", "objective._target_=tests.engine.parts.FrozenFitNet", "objective.student_tap=f1", "objective.teacher_tap=f1", "objective.beta=1"],
+    "fitnet": [
+        "objective=fitnet",
+        "objective._target_=tests.engine.parts.FrozenFitNet",
+        "objective.student_tap=f1",
+        "objective.teacher_tap=f1",
+        "objective.beta=1",
+    ],
 }
 # (samples of a step, its split, another split); 96 rows in steps of 40 leave a last one of 16, in steps of 32 none.
 SPLITS = [(32, "8", "[20,7,5]"), (40, "8", "[25,10,5]")]
@@ -31,7 +37,9 @@ BATCH_COUPLED = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(("batch", "even", "uneven"), SPLITS)
-def test_accumulation_does_not_change_gradients(name: str, batch: int, even: str, uneven: str, tiny: list[str], live: list[str], tmp_path: Path) -> None:
+def test_accumulation_does_not_change_gradients(
+    name: str, batch: int, even: str, uneven: str, tiny: list[str], live: list[str], tmp_path: Path
+) -> None:
     base = [*tiny, *live, *OBJECTIVES[name], f"source.batch_size={batch}"]
     splits = {"whole": "null", "even": even, "uneven": uneven}
     for folder, split in splits.items():
@@ -45,9 +53,19 @@ def test_accumulation_does_not_change_gradients(name: str, batch: int, even: str
 
 def test_accumulation_does_not_change_gradients_of_a_convolutional_net_with_frozen_statistics(tmp_path: Path) -> None:
     base = [
-        "dataset=digits", "dataset.subset=48", "dataset.subset_test=20", "dataset.padding=1", "student=custom", "run.allow=[tests]",
-        "student._target_=tests.engine.parts.frozen_resnet8", "source.batch_size=20", "optim.epochs=2", "optim.lr=0.01", "hardware=cpu",
-        "hardware.threads=1", "run.log_every=1",
+        "dataset=digits",
+        "dataset.subset=48",
+        "dataset.subset_test=20",
+        "dataset.padding=1",
+        "student=custom",
+        "run.allow=[tests]",
+        "student._target_=tests.engine.parts.frozen_resnet8",
+        "source.batch_size=20",
+        "optim.epochs=2",
+        "optim.lr=0.01",
+        "hardware=cpu",
+        "hardware.threads=1",
+        "run.log_every=1",
     ]
     run(base, tmp_path / "whole")
     run([*base, "hardware.micro_batch=[13,4,3]"], tmp_path / "cut")
@@ -71,18 +89,27 @@ def test_a_batch_coupled_objective_refuses_to_be_split(
     base = [*tiny, *live, *BATCH_COUPLED[name], f"run.dir={tmp_path / 'run'}"]
     refused = kdrun("train", *base, f"hardware.micro_batch={split}")
     assert refused.code == 2
-    assert "hardware.micro_batch: " in refused.err and "remedy  hardware.micro_batch=null" in refused.err
+    assert "hardware.micro_batch: " in refused.err
+    assert "remedy  hardware.micro_batch=null" in refused.err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_split_that_does_not_add_up_is_refused(tiny: list[str], tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="hardware.micro_batch"):
+    with pytest.raises(Refused, match=r"hardware\.micro_batch"):
         run([*tiny, "hardware.micro_batch=[20,7]"], tmp_path / "run")
 
 
 def test_batchnorm_under_accumulation_is_reported(tmp_path: Path) -> None:
     notes = Notes()
-    base = ["dataset=digits", "dataset.subset=20", "dataset.subset_test=20", "student=resnet8", "source.batch_size=20", "optim.epochs=1", "hardware=cpu"]
+    base = [
+        "dataset=digits",
+        "dataset.subset=20",
+        "dataset.subset_test=20",
+        "student=resnet8",
+        "source.batch_size=20",
+        "optim.epochs=1",
+        "hardware=cpu",
+    ]
     staged([*base, "hardware.micro_batch=10"], tmp_path / "cut", notes)
     assert any("BatchNorm" in note and "hardware.micro_batch" in note for note in notes.notes)
     notes.notes.clear()

@@ -12,7 +12,12 @@ from kdrun.engine import state
 
 CONTENT = {
     "learner": {"student.weight": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(3)},
-    "optimizers": {"student": {"state": {0: {"momentum": torch.ones(2), "step": 5}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}]}},
+    "optimizers": {
+        "student": {
+            "state": {0: {"momentum": torch.ones(2), "step": 5}},
+            "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}],
+        }
+    },
     "ema": None,
     "history": [{"epoch": 1.0, "test": {"top1": 50.0}}, []],
     "bf16": torch.ones(2, dtype=torch.bfloat16),

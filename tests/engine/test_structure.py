@@ -12,7 +12,19 @@ from kdrun.config.paths import GROUPS
 PACKAGE = Path(__file__).parents[2] / "kdrun"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import from rooms of a lower or the same storey. The configuration sits below the groups: they read it.
-STOREY = {"types": 0, "errors": 0, "rng": 0, "losses": 1, "config": 1, **dict.fromkeys(GROUPS, 2), "plan": 3, "engine": 4, "ledger": 5, "hardware": 6, "cli": 7}
+STOREY = {
+    "types": 0,
+    "errors": 0,
+    "rng": 0,
+    "losses": 1,
+    "config": 1,
+    **dict.fromkeys(GROUPS, 2),
+    "plan": 3,
+    "engine": 4,
+    "ledger": 5,
+    "hardware": 6,
+    "cli": 7,
+}
 # The schema knows the objective's base nowhere; what a group's rooms share among each other is the interfaces.
 EXCEPTIONS = {("ledger/verdict.py", "evaluation"), ("hardware/worker.py", "cli")}
 
@@ -21,7 +33,13 @@ def imports(file: Path) -> set[str]:
     """First-level rooms of kdrun that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
         found |= {n.split(".")[1] for n in names if n.startswith("kdrun.")}
         if isinstance(node, ast.ImportFrom) and node.module == "kdrun":
             found |= {a.name for a in node.names}

@@ -63,6 +63,13 @@ def test_a_condition_may_speak_of_a_leaf() -> None:
     assert lookup(TABLES, {"student.name": "big"}, "kd") == PublishedValue(80.0, None, None, "top1", "", "last")
 
 
+def test_a_table_of_another_metric_is_passed_over() -> None:
+    tables = [{"table": "Table 3", "metric": "nll", "rows": [{"kd": 1.25}]}, *TABLES]
+    facts = {"teacher": "a", "student": "b"}
+    found = {metric: lookup(tables, facts, "kd", metric) for metric in ("top1", "nll", "ece")}
+    assert [cell and cell.value for cell in found.values()] == [72.5, 1.25, None]
+
+
 def test_without_tables_there_is_no_number() -> None:
     assert lookup([], {"teacher": "a"}, "kd") is None
     assert lookup([{"table": "Table 2"}], {}, "kd") is None

@@ -108,6 +108,26 @@ def test_a_paper_verdict_compares_with_the_published_mean(recipes: Path, tmp_pat
     assert far["verdict"]["name"] == "better"
 
 
+def test_less_may_be_better(recipes: Path, tmp_path: Path) -> None:
+    """Runs whose NLL lies below the published one are better, and an accuracy is not compared with an NLL."""
+    composed = composed_of(recipes, "evaluation.primary=nll", recipe="large")
+    jobs = finish(composed, tmp_path / "run", {"pld": (0.5, 0.51, 0.52)})
+    for job in jobs:
+        file = job.folder / "summary.json"
+        file.write_text(file.read_text().replace('"metric": "top1"', '"metric": "nll"'))
+    assert assess(composed, jobs, tmp_path / "run")["published"] is None
+    composed.tree["published"] = [{"table": "Table 9", "metric": "nll", "n": 3, "rows": [{"pld": [0.9, 0.01]}]}]
+    assert assess(composed, jobs, tmp_path / "run")["verdict"]["name"] == "better"
+
+
+def test_a_claim_about_a_metric_that_an_arm_does_not_have_is_left_out(recipes: Path, tmp_path: Path) -> None:
+    """The student alone has no agreement with a teacher."""
+    composed = composed_of(recipes)
+    composed.tree["claims"] = ["pld.agreement > ce.agreement", "pld > ce"]
+    document = assess(composed, finish(composed, tmp_path / "run"), tmp_path / "run")
+    assert [c["text"] for c in document["claims"]] == ["pld > ce"]
+
+
 def test_the_cost_is_that_of_all_runs(document: dict[str, Any]) -> None:
     assert document["cost"] == {
         "seconds": 270.0,

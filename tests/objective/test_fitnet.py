@@ -62,9 +62,7 @@ def test_regressor_reaches_the_teachers_shape(
 @pytest.mark.parametrize(("student", "teacher"), [((3, 4, 4), (5, 9, 9)), ((3, 4, 8), (5, 8, 4)), ((3, 4), (5, 4))])
 def test_shapes_that_no_convolution_joins_are_refused_with_a_remedy(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     known = context()
-    bad = dataclasses.replace(
-        known, student=ModelSpec(5, (3, 8, 8), {"f2": student}), teacher=ModelSpec(5, (3, 8, 8), {"f2": teacher})
-    )
+    bad = dataclasses.replace(known, student=ModelSpec(5, (3, 8, 8), {"f2": student}), teacher=ModelSpec(5, (3, 8, 8), {"f2": teacher}))
     with pytest.raises(Refused) as refused:
         make("fitnet").setup(bad)
     (problem,) = refused.value.problems

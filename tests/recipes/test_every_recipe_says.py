@@ -59,7 +59,7 @@ def unexplained(file: Path) -> list[str]:
     lines, tree = text.splitlines(), yaml.safe_load(text)
     claim = (tree.get("teacher") or {}).get("claim") or {}
     found = []
-    for key, line in leaf_lines(yaml.compose(text)):
+    for key, line in leaf_lines(yaml.compose(text) or yaml.MappingNode("", [])):
         if key.partition(".")[0] not in SAID or (key.startswith("teacher.claim") and claim.get("source")):
             continue
         if not commented(lines[line]):

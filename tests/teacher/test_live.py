@@ -22,8 +22,15 @@ from kdrun.types import Batch, ModelSpec, Needs
 from tests.engine.running import run, staged
 
 DIGITS = [
-    "dataset=digits", "dataset.subset=40", "dataset.subset_test=20", "student=resnet8", "source.batch_size=20", "optim.epochs=2", "hardware=cpu",
-    "hardware.threads=1", "run.log_every=1",
+    "dataset=digits",
+    "dataset.subset=40",
+    "dataset.subset_test=20",
+    "student=resnet8",
+    "source.batch_size=20",
+    "optim.epochs=2",
+    "hardware=cpu",
+    "hardware.threads=1",
+    "run.log_every=1",
 ]
 BOTH = Needs(teacher_logits=True, teacher_taps=("f1",))
 
