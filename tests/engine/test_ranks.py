@@ -46,6 +46,7 @@ def assert_ranks_change_nothing(base: list[str], ranks: list[str], tmp_path: Pat
         pytest.param(PLD, [*FSDP2, "hardware.micro_batch=5"], id="pld-fsdp2-accumulated", marks=pytest.mark.slow),
         pytest.param(CRD, FSDP2, id="crd-fsdp2", marks=pytest.mark.slow),
         pytest.param(TWO_PHASES, [], id="two-phases", marks=pytest.mark.slow),
+        pytest.param([*TWO_PHASES, "optim.clip_norm=0.3"], FSDP2, id="two-phases-fsdp2-clipped", marks=pytest.mark.slow),
         pytest.param([*PLD, "optim.ema=0.9", "optim.clip_norm=0.5"], [], id="pld-ema-clipped", marks=pytest.mark.slow),
     ],
 )

@@ -75,6 +75,7 @@ def test_a_job_trains_what_this_process_trains(tiny: list[str], tmp_path: Path, 
     assert (tmp_path / "job" / METRICS).read_bytes() == (tmp_path / "here" / METRICS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_refusal_in_a_job_is_the_refusal_of_the_command(tiny: list[str], tmp_path: Path, kdrun: Command) -> None:
     pytest.importorskip("submitit")
     refused = kdrun("train", *tiny, *SLURM, "objective=rkd", f"run.dir={tmp_path / 'job'}")
