@@ -49,6 +49,9 @@ def _ranges(composed: Composed) -> Iterator[Problem]:
         value = _get(composed.tree, key)
         if isinstance(value, (int, float)) and value <= 0:
             yield _problem(composed, f"must be above 0, not {value}", key, f"e.g. {key}=1")
+    betas = _get(composed.tree, "optim.betas")
+    if betas is not None and (len(betas) != 2 or not all(0 <= b < 1 for b in betas)):
+        yield _problem(composed, f"two numbers from 0 to below 1 are needed, not {betas}", "optim.betas", "e.g. optim.betas=[0.9,0.999]")
     ema = _get(composed.tree, "optim.ema")
     if isinstance(ema, (int, float)) and not 0 < ema < 1:
         yield _problem(composed, f"a decay lies between 0 and 1, not {ema}", "optim.ema", "e.g. optim.ema=0.999, or null for none")

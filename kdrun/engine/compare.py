@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +96,7 @@ def results(listed: list[Job]) -> dict[str, dict[str, dict[int, float]]]:
     for job, summary in finished(listed):
         metrics = {**(summary["test"] or {}), summary["metric"]: summary["value"]}
         for metric, value in metrics.items():
-            if isinstance(value, (int, float)) and not math.isnan(value):
+            if isinstance(value, (int, float)):  # NaN too: a run that diverged is not left out
                 table.setdefault(job.arm, {}).setdefault(metric, {})[job.seed] = value
     return table
 

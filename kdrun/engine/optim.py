@@ -26,7 +26,7 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
         keys["eps"] = optim["eps"]
     try:
         return create_optimizer_v2(parameters, opt=optim["name"], **keys)
-    except (ValueError, KeyError, AssertionError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, AssertionError, TypeError) as error:
         names = [str(n) for n in list_optimizers()]
         if optim["name"] not in names:
             raise Refused(
@@ -35,6 +35,11 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
         raise Refused(
             Problem(f"{optim['name']} refuses its settings: {error}", "optim", "", "set the ones it has no use for to null")
         ) from error
+
+
+def try_settings(optim: Mapping[str, Any]) -> None:
+    """Build an optimiser on one number and throw it away. Raises `Refused` as the real one would, before anything is spent."""
+    build_optimizer([nn.Parameter(torch.zeros(1))], optim)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> Scheduler:

@@ -32,11 +32,12 @@ def run_folder(composed: Composed) -> Path:
         while folder.exists():
             number += 1
             folder = folder.with_name(f"{stamp}-{composed.hash()[:6]}-{number}")
-    _must_be_writable(folder)
+    must_be_writable(folder)
     return folder.resolve()
 
 
-def _must_be_writable(folder: Path) -> None:
+def must_be_writable(folder: Path) -> None:
+    """Raise `Refused` where a folder could not be made; nothing is made."""
     parent = folder
     while not parent.exists():
         parent = parent.parent

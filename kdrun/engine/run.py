@@ -20,8 +20,9 @@ from kdrun.engine.build import Built, build, load_data, open_source
 from kdrun.engine.device import peak_memory_bytes, pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import teacher_score
+from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
-from kdrun.engine.records import SUMMARY, open_folder, read_json, run_folder, write_json
+from kdrun.engine.records import SUMMARY, must_be_writable, open_folder, read_json, run_folder, write_json
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import StageRun, Stopped, make_stage
 from kdrun.errors import CheckFailed, Problem, Refused, did_you_mean
@@ -58,6 +59,7 @@ def execute(
     data = data or load_data(tree)
     built = build(tree, data, device, ranks)
     open_source(tree, data, device, ranks)  # it has its own reasons to refuse
+    try_settings(tree["optim"])
     start_from(tree, built)
     trained_by = teacher_stage(tree, data.fingerprint)
     teacher_facts: dict[str, Any] = {}
@@ -65,6 +67,8 @@ def execute(
         teacher_facts = load_teacher(tree, built, device, ranks)
     else:
         check(as_composed(composed, trained_by))
+        try_settings(trained_by.tree["optim"])
+        must_be_writable(trained_by.folder)
     folder = folder or run_folder(composed)
     if ranks.first and not resume:
         open_folder(folder, composed)

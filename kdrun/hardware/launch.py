@@ -96,7 +96,7 @@ def in_ranks(composed: Composed, folder: Path, resume: bool, command: list[str],
         environment = {**os.environ, "KDRUN_DEVICE": composed.tree["hardware"]["device"]}
         environment.setdefault("OMP_NUM_THREADS", str(composed.tree["hardware"]["threads"] or max(1, (os.cpu_count() or 2) // 2)))
         # torchrun's patience with ranks that were told to stop: they ask at the logging cadence, then save.
-        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+        environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
         errors = Path(scratch) / "stderr.txt"
         with open(errors, "w", encoding="utf-8") as log:
             code = run_to_end([*command, str(spec)], env=environment, stdout=None if watched else subprocess.DEVNULL, stderr=log)

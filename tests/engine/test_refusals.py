@@ -1,0 +1,38 @@
+"""What is refused before a folder exists, beyond what the configuration alone tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdrun.config.compose import compose
+from kdrun.engine.compare import Job, results
+from kdrun.engine.records import SUMMARY, write_json
+from kdrun.errors import Refused
+from tests.engine.running import run
+
+
+@pytest.mark.parametrize(("override", "words"), [("optim.name=momentumm", "momentum"), ("optim.betas=[0.9]", "two numbers")])
+def test_settings_that_an_optimiser_refuses_leave_nothing_behind(override: str, words: str, tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(Refused) as caught:
+        run([*tiny, override], tmp_path / "run")
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_root_that_cannot_hold_the_teacher_is_refused_before_the_run_has_a_folder(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("a file, not a folder")
+    with pytest.raises(Refused) as caught:
+        run([*tiny, "teacher=mlp", "teacher.hidden=[8]", "objective=kd"], tmp_path / "run")
+    assert "run.root" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverged_is_not_left_out_of_its_comparison(tiny: list[str], tmp_path: Path) -> None:
+    composed = compose(tiny)
+    jobs = [Job("ce", seed, composed, tmp_path / str(seed)) for seed in (1, 2)]
+    for job, value in zip(jobs, (50.0, float("nan")), strict=True):
+        job.folder.mkdir()
+        write_json(job.folder / SUMMARY, {"metric": "top1", "value": value, "test": {"top1": value}})
+    assert results(jobs)["ce"]["top1"].keys() == {1, 2}
