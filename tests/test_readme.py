@@ -97,5 +97,5 @@ def test_pictures_of_ones_own_train(kdrun: Callable[..., Outcome], tmp_path: Pat
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (8, 8), (100 * shade + i, 9 * i, 40)).save(folder / f"{i}.png")
-    outcome = kdrun(*command("dataset=folder"), *SHORT)
+    outcome = kdrun(*command("dataset=folder"), "dataset.workers=0", *SHORT)
     assert outcome.code == 0, outcome.err
