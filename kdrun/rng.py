@@ -8,6 +8,7 @@ replayed, and a teacher's row can never belong to another view. The mixing funct
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ def bits(key: int, *counters: Tensor | int, device: torch.device | str | None = 
 def uniform(key: int, *counters: Tensor | int) -> Tensor:
     """float32 in [0, 1) for every element of the broadcast counters (24 random bits, exact in float32)."""
     return _shift(bits(key, *counters), 39).to(torch.float32) / (1 << 24)
+
+
+def normal(key: int, shape: tuple[int, ...], *counters: Tensor) -> Tensor:
+    """float32 [B, *shape] of standard normals for counters [B], by Box and Muller's transform of two uniforms."""
+    inner = torch.arange(math.prod(shape), device=counters[0].device)
+    rows = [c[:, None] for c in counters]
+    radius = torch.sqrt(-2 * torch.log1p(-uniform(key, *rows, 2 * inner)))  # 1 - u lies in (0, 1]
+    return (radius * torch.cos(2 * math.pi * uniform(key, *rows, 2 * inner + 1))).view(-1, *shape)
 
 
 def integers(key: int, high: int, *counters: Tensor | int) -> Tensor:

@@ -86,3 +86,15 @@ def test_drawing_leaves_the_global_stream_alone() -> None:
     rng.uniform(rng.key(1, "a"), torch.arange(10))
     rng.permutation(1, 10)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_normals_are_standard_and_a_function_of_their_counters() -> None:
+    ids = torch.arange(20_000)
+    drawn = rng.normal(rng.key(3, "noise"), (2, 3), ids, torch.zeros_like(ids))
+    assert drawn.shape == (20_000, 2, 3)
+    assert drawn.isfinite().all()
+    assert abs(float(drawn.mean())) < 0.01
+    assert abs(float(drawn.var()) - 1) < 0.02
+    some = torch.tensor([77, 5])
+    again = rng.normal(rng.key(3, "noise"), (2, 3), some, torch.zeros_like(some))
+    assert torch.equal(again, drawn[some])
