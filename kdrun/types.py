@@ -9,7 +9,7 @@ The tensors' containers are named tuples, so that `torch.compile` and Distribute
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -21,10 +21,10 @@ class Batch(NamedTuple):
     """One micro-batch of one optimiser step."""
 
     inputs: Tensor  # [B, ...] augmented and normalised, what both models see
-    targets: Tensor  # [B] int64 class indices
+    targets: Tensor  # [B] int64 class indices, or [B, H, W] of pixels; -1: no label here, which losses and metrics leave out
     ids: Tensor  # [B] int64, stable over the whole data set: one sample has one id for ever
     view: Tensor  # [B] int64, which random view of the sample this is (the epoch, unless a source draws several)
-    extra: dict[str, Tensor]  # further rows by name, e.g. "truth_logits" [B, C] in a world whose posterior is known
+    extra: dict[str, Tensor]  # further rows by name, e.g. "truth_logits" [B, C]; or what all rows share: a graph's edges [2, E]
 
     def to(self, device: torch.device) -> Batch:
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
@@ -34,14 +34,14 @@ class Batch(NamedTuple):
 class Signal(NamedTuple):
     """What the teacher says of one micro-batch. Fields that were not asked for are None or empty."""
 
-    logits: Tensor | None  # [B, C]
+    logits: Tensor | None  # [B, C], or [B, C, H, W] of pixels; a network that does not classify says another tensor [B, ...]
     taps: dict[str, Tensor]  # by tap name, [B, ...]
 
 
 class Output(NamedTuple):
     """What the student says of one micro-batch, with gradient."""
 
-    logits: Tensor  # [B, C]
+    logits: Tensor  # shaped as the teacher's
     taps: dict[str, Tensor]  # by tap name, [B, ...]
     keep: dict[str, Tensor]  # filled by an objective with detached rows [B, ...] that its after_step wants to see
 
@@ -54,12 +54,11 @@ class Term(NamedTuple):
     """
 
     sum: Tensor  # scalar, float32 or wider
-    unit: str  # a key of UNITS
+    unit: str  # one that the objective counts ("sample", "label", ...), or a key of COUPLED_UNITS
 
 
-# An item of each unit, as a number made of B = samples of the whole optimiser step and C = classes.
-UNITS: Mapping[str, Any] = {
-    "sample": lambda B, C: B,
+# Units that do not add up over micro-batches: made of B = samples of the whole optimiser step and C = classes.
+COUPLED_UNITS: Mapping[str, Any] = {
     "class": lambda B, C: 0 * B + C,
     "pair": lambda B, C: B * B,
     "triplet": lambda B, C: B * B * B,
@@ -73,7 +72,9 @@ class Needs:
     teacher_logits: bool = False
     teacher_taps: tuple[str, ...] = ()
     student_taps: tuple[str, ...] = ()
+    teacher_network: bool = False  # the live teacher itself, to be called in `compute` with gradient to its inputs
     extra: tuple[str, ...] = ()  # names the dataset must put into Batch.extra
+    held_out: bool = False  # validation rows beside every step's batch: source.held_out
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,15 @@ class Context:
     seed: int
     steps_per_epoch: int
     total_steps: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an objective may look at before step 0, when the teacher's weights are there."""
+
+    student: nn.Module  # the bare student
+    teacher: nn.Module | None  # the bare live teacher, frozen
+    rows: Callable[[], Iterator[tuple[Batch, Signal]]]  # the training rows in order, not augmented, with the teacher's signal
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,12 @@ class Teacher(Stateful, Protocol):
     """What speaks to the student. It is never trained by the loop and owns its train/eval policy."""
 
     spec: ModelSpec | None
+    follows: bool  # the student itself, earlier or averaged: it changes during the run, so nothing it says can be kept
 
     def signal(self, batch: Batch, needs: Needs) -> Signal: ...
+
+    def after_step(self, student: nn.Module, progress: Progress) -> None:
+        """Called after every optimiser step with the bare student, for teachers that follow it."""
 
 
 Connectors = nn.ModuleDict

@@ -26,11 +26,11 @@ def check(composed: Composed, build: bool = True) -> None:
     found.complete(composed.tree, {"seed": int, **schema.FIXED}, "")
     found.section(composed.tree.get("teacher"), schema.TeacherKeys, "teacher")
     found.section(composed.tree.get("student"), schema.StudentKeys, "student")
-    for group in ("teacher", "student", "dataset", "source", "objective", "evaluation"):
+    for group in ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan"):
         found.target_allowed(composed.tree.get(group), group)
     found.problems.extend(cross_checks(composed))
     wrong = {p.key.split(".")[0] for p in found.problems}
-    for group in ("dataset", "objective", "evaluation", "source") if build else ():
+    for group in ("dataset", "objective", "evaluation", "source", "plan") if build else ():
         if group not in wrong:
             found.signature(composed.tree.get(group), group)
     if build and "optim" not in wrong:
@@ -161,8 +161,7 @@ class _Findings:
             for p in refused.problems:
                 self.add(p.what, p.key, p.remedy)
             return
-        hints = get_type_hints(target.__init__)  # type: ignore[misc]
-        hints.pop("return", None)
+        hints = settings_of(target)
         before = len(self.problems)
         for key, value in node.items():
             if key == "_target_":
@@ -177,6 +176,16 @@ class _Findings:
             except Refused as refused:
                 for p in refused.problems:
                     self.add(p.what, p.key, p.remedy)
+
+
+def settings_of(target: type) -> dict[str, Any]:
+    """The names and types of what a class is made with. A dataclass's inherited fields are typed where they are written."""
+    if dataclasses.is_dataclass(target):
+        hints = get_type_hints(target)
+        return {f.name: hints[f.name] for f in dataclasses.fields(target) if f.init}
+    hints = get_type_hints(target.__init__)  # type: ignore[misc]
+    hints.pop("return", None)
+    return hints
 
 
 def _optional_dataclass(hint: Any) -> Any:

@@ -33,7 +33,7 @@ LOCATION = ("path", "workers")
 NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
 
 # Groups whose keys depend on the option: each is typed by the class that it names.
-OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation")
+OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan")
 
 
 @dataclass

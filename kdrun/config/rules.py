@@ -11,6 +11,7 @@ from kdrun.errors import Problem
 POSITIVE = (
     "optim.lr",
     "optim.epochs",
+    "optim.steps",
     "run.log_every",
     "run.checkpoint_every",
     "run.keep",

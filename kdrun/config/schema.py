@@ -44,9 +44,12 @@ class Optim:
     betas: list[float] | None = None
     eps: float | None = None
     epochs: float = 1
+    steps: int | None = None  # optimiser steps instead of epochs
     schedule: Schedule = Schedule()
     clip_norm: float | None = None
+    clip_value: float | None = None
     ema: float | None = None
+    phases: dict[str, Any] = field(default_factory=dict)  # keys of this group by phase, for objectives of several
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,6 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Plan:
-    kind: Literal["single"] = "single"
-    start_from: str | None = None  # a checkpoint or run whose student this run begins with (a new run, not a resume)
-
-
-@dataclass(frozen=True)
 class Claim:
     metric: str = "top1"
     value: float = 0.0
@@ -105,6 +102,9 @@ class TeacherKeys:
     classes: int | None = None
     fit: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    speaks: Literal["classes", "tensor"] = "classes"
+    decay: float = 0.999  # kind ema: of the moving average of the student
+    corrupt: float = 0.0  # so many of the training samples get what the teacher says of another one
     extra: str | None = None  # kind truth: the row of Batch.extra that speaks
     checkpoint: str | None = None
     rename: list[list[str]] = field(default_factory=list)
@@ -116,6 +116,7 @@ class StudentKeys:
     checkpoint: str | None = None
     rename: list[list[str]] = field(default_factory=list)
     taps: dict[str, str] = field(default_factory=dict)
+    speaks: Literal["classes", "tensor"] = "classes"  # tensor: its forward gives no class scores and is not held against the class count
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class Top:
     rivals: dict[str, list[str]] = field(default_factory=dict)
     claims: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    plan: Plan = Plan()
+    plan: dict[str, Any] = field(default_factory=dict)
     optim: Optim = Optim()
     hardware: Hardware = Hardware()
     teacher: dict[str, Any] = field(default_factory=dict)
@@ -163,4 +164,4 @@ class Top:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
-FIXED = {"run": Run, "optim": Optim, "hardware": Hardware, "plan": Plan}
+FIXED = {"run": Run, "optim": Optim, "hardware": Hardware}

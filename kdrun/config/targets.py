@@ -18,7 +18,7 @@ from kdrun.errors import Problem, Refused, did_you_mean
 ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")  # top-level packages that `_target_` may name
 UNSET = (None, "", "???")
 # What the classes of a group must offer.
-MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "meter", "source": "open"}
+MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "measure", "source": "open", "plan": "run"}
 
 
 def find(target: Any, allowed: Collection[str], key: str, what: str) -> Any:

@@ -103,6 +103,7 @@ class Split:
     targets: Tensor  # [N] int64
     ids: Tensor  # [N] int64
     extra: Mapping[str, Tensor] = field(default_factory=dict)  # [N, ...] by name
+    constants: Mapping[str, Tensor] = field(default_factory=dict)  # what all rows share, as it is in every batch: a graph's edges [2, E]
 
     def __post_init__(self) -> None:
         parts: dict[str, Sized] = {"inputs": self.storage, "targets": self.targets, "ids": self.ids, **self.extra}
@@ -119,6 +120,7 @@ class Split:
     def batch(self, request: Request, inputs: Tensor, device: torch.device) -> Batch:
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         extra = {name: move(rows[request.positions]) for name, rows in self.extra.items()}
+        extra |= {name: move(value) for name, value in self.constants.items()}
         return Batch(inputs, move(self.targets[request.positions]), move(request.ids), move(request.view), extra)
 
 
@@ -137,6 +139,7 @@ class Data:
     std: tuple[float, ...]
     splits: Mapping[str, Split]  # "train", "test" and perhaps "validation"
     total_ids: int
+    whole: bool = False  # the rows of a split are one graph: they can only be asked for all together, in their order
     fingerprint: str = field(init=False)  # of the ordered ids, targets, content and transforms
 
     def __post_init__(self) -> None:
@@ -175,7 +178,7 @@ class Data:
 
     def batches(self, split: str, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
         """All rows of a split in order, not augmented."""
-        pieces = torch.arange(len(self.split(split))).split(batch_size)
+        pieces = torch.arange(len(self.split(split))).split(len(self.split(split)) if self.whole else batch_size)
         return self.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=device)
 
     def labels_by_id(self, split: str = "train") -> Tensor:
@@ -194,7 +197,7 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
             continue
         split = splits[name]
         total.update(f"{name} {len(split)}".encode())
-        for label, rows in [("ids", split.ids), ("targets", split.targets), *sorted(split.extra.items())]:
+        for label, rows in [("ids", split.ids), ("targets", split.targets), *sorted(split.extra.items()), *sorted(split.constants.items())]:
             total.update(f"{label} {rows.dtype}".encode())
             total.update(rows.contiguous().numpy().data)
         split.storage.digest(total)

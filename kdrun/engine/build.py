@@ -29,7 +29,7 @@ from kdrun.types import Context, ModelSpec, Source, Teacher
 
 TEACHER_KEYS = {f.name for f in fields(schema.TeacherKeys)}
 STUDENT_KEYS = {f.name for f in fields(schema.StudentKeys)}
-TEACHER_KINDS = ("none", "truth", "live")
+TEACHER_KINDS = ("none", "truth", "live", "snapshot", "ema")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Built:
     objective: Objective
     evaluation: Any
     memory_format: torch.memory_format
+    tree: Mapping[str, Any]  # the configuration that they were built from
     steps_per_epoch: int
     total_steps: int
 
@@ -76,21 +77,16 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     needs = objective.needs()
     memory_format = torch.channels_last if channels_last(tree["hardware"], data.input_shape) else torch.contiguous_format
     problems: list[Problem] = []
-    network = synchronised(build_student_network(tree, data), device, ranks)
+    # On its device first: a teacher that follows the student copies it there.
+    network = synchronised(build_student_network(tree, data), device, ranks).to(device)
     student_spec = _spec(network, tree["student"], data, needs.student_taps, "student", problems)
-    teacher = build_teacher(tree, data, needs.teacher_taps, problems)
+    teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
     _check_needs(tree, data, objective, teacher, problems)
     if problems or student_spec is None:
         raise Refused(problems)
     student = Tapped(network, tree["student"].get("taps") or {}, needs.student_taps, "student.taps")
-    batch_size = int(tree["source"]["batch_size"])
-    samples = len(data.splits["train"])
-    per_epoch = samples // batch_size if tree["source"].get("drop_last") else -(-samples // batch_size)
-    if per_epoch == 0:
-        raise Refused(
-            Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}")
-        )
-    total_steps = max(1, round(tree["optim"]["epochs"] * per_epoch))
+    per_epoch = steps_in_epoch(tree, data)
+    total_steps = tree["optim"].get("steps") or max(1, round(tree["optim"]["epochs"] * per_epoch))
     torch.manual_seed(rng.key(tree["seed"], "connectors"))
     context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
     connectors = synchronised(objective.setup(context), device, ranks)
@@ -99,7 +95,22 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     if isinstance(teacher, LiveTeacher):
         teacher.module.to(device).to(memory_format=memory_format)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
-    return Built(data, network, learner, teacher, objective, evaluation, memory_format, per_epoch, total_steps)
+    return Built(data, network, learner, teacher, objective, evaluation, memory_format, tree, per_epoch, total_steps)
+
+
+def steps_in_epoch(tree: Mapping[str, Any], data: Data) -> int:
+    """Optimiser steps of an epoch. Raises `Refused` for a batch that no epoch fills."""
+    samples, batch_size = len(data.splits["train"]), tree["source"].get("batch_size")
+    if data.whole:
+        return 1
+    if tree["source"].get("steps_per_epoch"):
+        return int(tree["source"]["steps_per_epoch"])
+    per_epoch = samples // int(batch_size) if tree["source"].get("drop_last") else -(-samples // int(batch_size))
+    if per_epoch == 0:
+        raise Refused(
+            Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}")
+        )
+    return per_epoch
 
 
 def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
@@ -112,7 +123,9 @@ def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
     return network
 
 
-def build_teacher(tree: Mapping[str, Any], data: Data, wanted: tuple[str, ...], problems: list[Problem]) -> Teacher:
+def build_teacher(
+    tree: Mapping[str, Any], data: Data, wanted: tuple[str, ...], problems: list[Problem], student: nn.Module | None = None
+) -> Teacher:
     """The teacher with its taps and its contract checked. Weights come later (`load_weights` or a training stage)."""
     node = tree["teacher"]
     kind = node.get("kind", "none")
@@ -145,7 +158,7 @@ def _spec(
     except Refused as refused:
         problems += refused.problems
         return None
-    if spec.classes != data.classes and node.get("classes") in (None, data.classes):
+    if node.get("speaks") != "tensor" and spec.classes != data.classes and node.get("classes") in (None, data.classes):
         what = f"the {who} speaks of {spec.classes} classes, {data.name} has {data.classes}"
         problems.append(Problem(what, who, "", f"a network whose forward returns [B, {data.classes}] logits"))
     return spec
@@ -204,7 +217,7 @@ def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
 
 def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, problems: list[Problem]) -> None:
     needs, name = objective.needs(), type(objective).__name__
-    if (needs.teacher_logits or needs.teacher_taps) and tree["teacher"].get("kind", "none") == "none":
+    if (needs.teacher_logits or needs.teacher_taps or needs.teacher_network) and tree["teacher"].get("kind", "none") == "none":
         problems.append(
             Problem(
                 f"{name} needs a teacher and there is none",
@@ -219,7 +232,12 @@ def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teac
                 f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"
             )
         )
-    rows = {*data.splits["train"].extra}
+    if needs.teacher_network and not isinstance(teacher, (LiveTeacher, NoTeacher)):
+        problems.append(Problem(f"{name} needs a teacher network", "teacher", "", "a live teacher, e.g. teacher=mlp"))
+    if needs.held_out and not tree["source"].get("held_out"):
+        remedy = "source.held_out=128, with dataset.validation=0.1 if there is no validation split"
+        problems.append(Problem(f"{name} learns from validation rows, and none come with the batches", "source.held_out", "", remedy))
+    rows = {*data.splits["train"].extra, *data.splits["train"].constants}
     wanted = {*needs.extra, *([teacher.row] if isinstance(teacher, TruthTeacher) else [])}
     for row in sorted(wanted - rows):
         problems.append(

@@ -37,10 +37,12 @@ def set_up(hardware: Mapping[str, Any], device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def decide_compile(hardware: Mapping[str, Any], device: torch.device, total_steps: int) -> tuple[bool, str]:
+def decide_compile(hardware: Mapping[str, Any], device: torch.device, total_steps: int, compilable: bool = True) -> tuple[bool, str]:
     """(compile?, the reason). `auto` compiles on a GPU for runs that are long enough to pay for it, and not on a CPU,
     where compiled convolutions are measured to be slower for some pairs."""
     wanted = hardware["compile"]
+    if not compilable:
+        return False, "compile off: this objective differentiates twice"
     if wanted != "auto":
         return wanted == "on", f"compile {wanted}: as asked"
     if device.type != "cuda":

@@ -35,28 +35,30 @@ class Evaluator:
 
     @torch.inference_mode()
     def measure(self, network: nn.Module, split: str) -> dict[str, float]:
-        """Metrics of a network ([B, ...] -> logits [B, C]) in evaluation mode; its mode is restored."""
+        """Metrics of a network in evaluation mode; its mode is restored."""
         was = network.training
         network.eval()
-        said = self._teacher_logits(split)
-        meter = self.evaluation.meter(self.data.classes, self.device)
-        for i, batch in enumerate(self.batches(split)):
-            logits = network(batch.inputs)
-            meter.update(logits.float(), batch.targets, said[i].to(self.device) if said else None)
+        found = self.evaluation.measure(network, self._rows(split), self.data, self.device)
         network.train(was)
         self.reads[split] = self.reads.get(split, 0) + 1
-        return meter.compute()
+        return dict(found)
 
     def batches(self, split: str) -> Iterator[Batch]:
         """This rank's rows of a split, in order, as evaluated."""
-        pieces = torch.arange(len(self.data.split(split))).split(BATCH)[self.ranks.rank :: self.ranks.world]
+        size = len(self.data.split(split))
+        pieces = torch.arange(size).split(size if self.data.whole else BATCH)[self.ranks.rank :: self.ranks.world]
         return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
     def measure_all(self, network: nn.Module) -> dict[str, dict[str, float]]:
         return {split: self.measure(network, split) for split in self.splits()}
 
+    def _rows(self, split: str) -> Iterator[tuple[Batch, Tensor | None]]:
+        said = self._teacher_logits(split)
+        for i, batch in enumerate(self.batches(split)):
+            yield batch, said[i].to(self.device) if said else None
+
     def _teacher_logits(self, split: str) -> list[Tensor]:
-        if self.teacher.spec is None:
+        if self.teacher.spec is None or self.teacher.follows:
             return []
         if split not in self._said:
             signals = (self.teacher.signal(b, LOGITS) for b in self.batches(split))
@@ -72,7 +74,7 @@ def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.d
     meter = evaluation.meter(data.classes, device)
     for batch in bare.batches("test"):
         meter.update(teacher.signal(batch, LOGITS).logits.float(), batch.targets, None)  # type: ignore[union-attr]
-    return meter.compute()
+    return dict(meter.compute())
 
 
 class _OwnInput(nn.Module):
@@ -81,6 +83,7 @@ class _OwnInput(nn.Module):
     def __init__(self, teacher: LiveTeacher) -> None:
         super().__init__()
         self._teacher = [teacher]  # in a list: not a submodule, so train() and state_dict() do not reach it
+        self.takes = teacher.takes
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self._teacher[0].forward(self._teacher[0].renormalise(inputs))[0]
+    def forward(self, inputs: Tensor, **extra: Tensor) -> Tensor:
+        return self._teacher[0].forward(self._teacher[0].renormalise(inputs), extra)[0]

@@ -22,7 +22,7 @@ from kdrun.engine.learner import Learner
 from kdrun.engine.shard import whole
 from kdrun.errors import RunFailed
 from kdrun.objective.base import Objective
-from kdrun.types import UNITS, Batch, Progress, Source, Teacher, Term
+from kdrun.types import COUPLED_UNITS, Batch, Progress, Source, Teacher, Term
 
 
 class Schedule(Protocol):
@@ -65,10 +65,15 @@ class Stage:
     ranks: Ranks
     autocast: torch.dtype | None = None
     clip_norm: float | None = None
+    clip_value: float | None = None
     ema: nn.Module | None = None
     last_step: int | None = None  # stop early here (a tainted run); schedules still span total_steps
     step: int = 0  # optimiser steps done
     first_bad_step: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def end(self) -> int:
+        return self.total_steps if self.last_step is None else min(self.last_step, self.total_steps)
 
     @property
     def progress(self) -> Progress:
@@ -87,8 +92,7 @@ class PhaseResult:
 
 def train(stage: Stage, hooks: Hooks) -> bool:
     """Run the stage from `stage.step` to its end. False if a stop was requested on the way."""
-    end = stage.total_steps if stage.last_step is None else min(stage.last_step, stage.total_steps)
-    while stage.step < end:
+    while stage.step < stage.end:
         # Over ranks the question costs a collective, so it is asked at the logging cadence only.
         due = stage.ranks.world == 1 or stage.step % stage.log_every == 0
         if due and stage.ranks.any(hooks.stop_requested()):
@@ -103,14 +107,18 @@ def train_step(stage: Stage, hooks: Hooks) -> None:
     progress = stage.progress
     stage.learner.train()
     group = [stage.objective.prepare(batch, progress) for batch in stage.source.group(stage.step)]
+    kept: dict[str, Tensor] = {}
     for phase in stage.objective.phases:
         stage.schedules[phase].step_update(stage.step)
+        if not stage.objective.active(phase, progress):
+            continue
         result = run_phase(stage, group, phase, progress)
+        kept |= result.kept
         if (stage.step + 1) % stage.log_every == 0 or stage.step == 0:
             hooks.logged(stage.step + 1, to_record(stage, phase, result))
     if stage.ema is not None:
         stage.ema.update_parameters(stage.learner.student)  # type: ignore[operator]
-    move_state(stage, group, result.kept, progress)
+    move_state(stage, group, kept, progress)
     stage.step += 1
 
 
@@ -143,6 +151,8 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
     loss = sum((weights[n] * v for n, v in totals.items() if weights[n] != 0), start=torch.zeros((), device=stage.device))
     grad_norm = whole(nn.utils.clip_grad_norm_(parameters, stage.clip_norm if stage.clip_norm is not None else math.inf))
     stop_if_not_finite(stage, phase, group, loss, totals, grad_norm)
+    if stage.clip_value is not None:
+        nn.utils.clip_grad_value_(parameters, stage.clip_value)
     optimizer.step()
     names = kept[0].keys() if kept else ()
     return PhaseResult(loss, totals, grad_norm, {n: torch.cat([k[n] for k in kept]) for n in names})
@@ -157,11 +167,14 @@ def add_up(terms: Mapping[str, Term], weights: Mapping[str, float], counts: Mapp
 
 def count_items(stage: Stage, group: Sequence[Batch]) -> dict[str, Tensor]:
     """The number of items of each unit over all micro-batches and ranks, as float64 on the device."""
-    samples = torch.tensor(float(sum(len(b.ids) for b in group)), dtype=torch.float64, device=stage.device)
-    samples = stage.ranks.sum(samples)
+    counted = [stage.objective.count(batch) for batch in group]
+    added = [sum(torch.as_tensor(c[unit], dtype=torch.float64, device=stage.device) for c in counted) for unit in counted[0]]
+    totals = dict(zip(counted[0], stage.ranks.sum(torch.stack(added)), strict=True))  # type: ignore[arg-type]
+    totals |= {unit: number(totals["sample"], stage.classes) for unit, number in COUPLED_UNITS.items()}
     # A batch-coupled objective evaluates the whole batch on every rank, so its items are counted once per rank.
     repeats = stage.ranks.world if stage.objective.coupling == "batch" else 1
-    return {unit: (UNITS[unit](samples, stage.classes) * repeats).float() for unit in stage.objective.units()}
+    # Without an item (no edge, no label) the sum is 0, and so is the term.
+    return {unit: (totals[unit] * repeats).clamp(min=1).float() for unit in stage.objective.units()}
 
 
 def select_trained(stage: Stage, phase: str) -> list[nn.Parameter]:
@@ -217,6 +230,7 @@ def move_state(stage: Stage, group: Sequence[Batch], kept: Mapping[str, Tensor],
     rows = {name: value if gathered else stage.ranks.gather(value) for name, value in kept.items()}
     with torch.no_grad():
         stage.objective.after_step(ids, rows, progress)
+        stage.teacher.after_step(stage.learner.student.module, progress)  # type: ignore[arg-type]
     if "score" in rows:
         stage.source.feedback(ids, rows["score"])
 

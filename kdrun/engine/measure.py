@@ -13,8 +13,8 @@ from kdrun.engine.build import build, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator, teacher_score
-from kdrun.engine.records import SUMMARY, read_json
-from kdrun.engine.run import STUDENT_FILE, cost_of
+from kdrun.engine.records import STUDENT_FILE, SUMMARY, read_json
+from kdrun.engine.summary import cost_of
 from kdrun.errors import Problem, Refused
 from kdrun.plan.single import teacher_stage
 from kdrun.student.weights import bare, load_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,9 +37,23 @@ def build_optimizer(parameters: list[nn.Parameter], optim: Mapping[str, Any]) ->
         ) from error
 
 
-def try_settings(optim: Mapping[str, Any]) -> None:
-    """Build an optimiser on one number and throw it away. Raises `Refused` as the real one would, before anything is spent."""
-    build_optimizer([nn.Parameter(torch.zeros(1))], optim)
+def for_phase(optim: Mapping[str, Any], phase: str) -> Mapping[str, Any]:
+    """The optim group as one phase uses it. Raises `Refused` where optim.phases names a key that there is not."""
+    own = dict(optim["phases"].get(phase) or {})
+    unknown = sorted({*own} - ({*optim} - {"phases", "epochs", "steps", "ema"}))
+    if unknown:
+        raise Refused([Problem("unknown key", f"optim.phases.{phase}.{key}", "", did_you_mean(key, optim)) for key in unknown])
+    return {**optim, **own, "schedule": {**optim["schedule"], **(own.get("schedule") or {})}}
+
+
+def try_settings(optim: Mapping[str, Any], phases: Iterable[str] = ("student",)) -> None:
+    """Build the optimisers on one number and throw them away. Raises `Refused` as the real ones would, before anything is spent."""
+    phases = list(phases)
+    unknown = sorted({*optim["phases"]} - {*phases})
+    if unknown:
+        raise Refused([Problem("the objective has no such phase", f"optim.phases.{p}", "", did_you_mean(p, phases)) for p in unknown])
+    for phase in phases:
+        build_optimizer([nn.Parameter(torch.zeros(1))], for_phase(optim, phase))
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any], steps_per_epoch: int, total_steps: int) -> Scheduler:

@@ -14,6 +14,7 @@ import yaml
 from kdrun.config.compose import Composed
 from kdrun.errors import Problem, Refused
 
+STUDENT_FILE = "student.safetensors"
 CONFIG, ORIGIN, METRICS, TIMING, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,12 +21,16 @@ from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
 from kdrun.engine.loop import NotFinite, Stage
-from kdrun.engine.optim import build_ema, build_optimizer, build_schedule
+from kdrun.engine.optim import build_ema, build_optimizer, build_schedule, for_phase
 from kdrun.engine.records import MetricsFile, write_json
 from kdrun.engine.report import Reporter
 from kdrun.errors import KdrunError
+from kdrun.evaluation.protocol import best_epoch
+from kdrun.teacher.live import LiveTeacher
+from kdrun.types import Batch, Signal, Start
 
 DRY_STEPS = 2
+ROWS_AT_ONCE = 500  # of the walk over the training rows before step 0
 WARM_UP_STEPS = 10  # left out of the throughput: allocation, autotuning, compilation
 
 
@@ -39,15 +44,17 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
     """The loop's view of a stage, at step 0."""
     hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
     source = open_source(tree, built.data, device, ranks)
+    start_objective(built, device)
     ema = build_ema(built.network, optim["ema"])
-    compiled, reason = decide_compile(hardware, device, built.total_steps)
+    compiled, reason = decide_compile(hardware, device, built.total_steps, objective.compilable)
     reporter.note(reason)
     forward = wrap(learner, built, compiled, hardware, device, ranks, reporter)
     optimizers, schedules = {}, {}
     for phase in objective.phases:
         parameters = [p for n, p in learner.named_parameters() if n.startswith(objective.trained_in(phase)) and p.requires_grad]
-        optimizers[phase] = build_optimizer(parameters, optim)
-        schedules[phase] = build_schedule(optimizers[phase], optim["schedule"], built.steps_per_epoch, built.total_steps)
+        of_phase = for_phase(optim, phase)
+        optimizers[phase] = build_optimizer(parameters, of_phase)
+        schedules[phase] = build_schedule(optimizers[phase], of_phase["schedule"], built.steps_per_epoch, built.total_steps)
     limit = DRY_STEPS if tree["run"]["dry"] else tree["run"]["max_steps"]
     return Stage(
         name=name,
@@ -66,9 +73,22 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         ranks=ranks,
         autocast=DTYPES[hardware["dtype"]],
         clip_norm=optim["clip_norm"],
+        clip_value=optim["clip_value"],
         ema=ema,
         last_step=limit,
     )
+
+
+def start_objective(built: Built, device: torch.device) -> None:
+    """What the objective does before step 0, with the teacher's weights in place."""
+    needs, teacher = built.objective.needs(), built.teacher
+
+    def rows() -> Iterator[tuple[Batch, Signal]]:
+        for batch in built.data.batches("train", ROWS_AT_ONCE, device):
+            yield batch, teacher.signal(batch, needs)
+
+    network = teacher.network if isinstance(teacher, LiveTeacher) else None
+    built.objective.start(Start(built.network, network, rows), built.learner.connectors)
 
 
 def wrap(
@@ -119,7 +139,8 @@ class StageRun:
         self.save_every = max(1, round(tree["run"]["checkpoint_every"] * per_epoch))
         self.evaluate_every = max(1, round(built.evaluation.every_epochs * per_epoch))
         self.end = stage.total_steps if stage.last_step is None else min(stage.last_step, stage.total_steps)
-        self.samples_per_step = int(tree["source"]["batch_size"])
+        self.samples_per_step = int(tree["source"].get("batch_size") or len(built.data.split("train")))
+        self.best: dict[str, Any] | None = None  # {"step", "weights"} of the best validation epoch, where that is the protocol
         self._stop = threading.Event()
         self._clock: tuple[float, int] | None = None
         self._last_saved = -1
@@ -148,13 +169,20 @@ class StageRun:
 
     # -- what they do ---------------------------------------------------------------------------------------------
 
-    def run(self, resume: bool) -> None:
-        """Train to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
+    def begin(self, resume: bool) -> None:
+        """Go back to where a killed run left the stage, or to its beginning."""
         if resume:
             self.restore()
         else:
             self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
-        self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
+
+    def advance(self, until: int | None = None) -> None:
+        """Train to that step and save, or to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
+        whole = until is None
+        if until is not None:
+            self.stage.last_step = min(until, self.end)
+        if whole:
+            self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
         previous = self._listen()
         self._began = (time.perf_counter(), time.process_time())
         try:
@@ -170,11 +198,19 @@ class StageRun:
         if not finished:
             self.save(self.stage.step)
             raise Stopped(f"stopped at step {self.stage.step} of {self.end}; go on with: kdrun resume {self.home}")
-        self.reporter.stage_done(self.stage.name)
+        if whole:
+            self.reporter.stage_done(self.stage.name)
+        else:
+            self.save(self.stage.step)
 
     def network(self) -> nn.Module:
         """The network that counts: the moving average if there is one."""
         return self.stage.ema.module if self.stage.ema is not None else self.built.network  # type: ignore[return-value]
+
+    def take_best(self) -> None:
+        """Put the weights of the best validation epoch into the network that counts, where the protocol is that epoch."""
+        if self.best is not None:
+            self.network().load_state_dict(self.best["weights"])
 
     def exported(self) -> nn.Module:
         """The network that counts, whole, on this process: what is saved for others. A collective where it is sharded."""
@@ -190,10 +226,28 @@ class StageRun:
         loop.assert_healthy(self.stage)
         epoch = step / self.built.steps_per_epoch
         results = self.evaluator.measure_all(self.network())
+        own = self.stage.objective.report()
+        results = {split: {**values, **own} for split, values in results.items()}
         self.history.append({"step": step, "epoch": epoch, "validation": results.get("validation"), "test": results.get("test")})
+        self._note_best(step)
         for split, values in results.items():
             self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(epoch, 4), "split": split, **values})
         self.reporter.evaluated(self.stage.name, epoch, results)
+
+    def _note_best(self, step: int) -> None:
+        """Keep the weights of the best validation epoch; stop the stage when its patience is at an end."""
+        evaluation = self.built.evaluation
+        if evaluation.protocol != "best_val" and evaluation.patience is None:
+            return
+        if all(math.isnan(entry["validation"].get(evaluation.primary, math.nan)) for entry in self.history):
+            return
+        best = best_epoch(self.history, "validation", evaluation.primary, ties=evaluation.ties)
+        if evaluation.protocol == "best_val" and best["step"] == step and not shard.is_sharded(self.stage.learner):
+            self.best = {"step": step, "weights": {k: v.detach().clone() for k, v in self.network().state_dict().items()}}
+        waited = sum(entry["step"] > best["step"] for entry in self.history)
+        if evaluation.patience is not None and waited >= evaluation.patience:
+            self.reporter.note(f"{self.stage.name} stops at step {step}: no better {evaluation.primary} for {waited} evaluations")
+            self.end = self.stage.last_step = step
 
     def save(self, step: int) -> None:
         loop.assert_healthy(self.stage)
@@ -218,6 +272,8 @@ class StageRun:
             "source": s.source.state_dict(),
             "teacher": s.teacher.state_dict(),
             "history": self.history,
+            "best": self.best,
+            "end": self.end,
             "reads": self.evaluator.reads,
             "metrics_offset": self.metrics.offset(),
             "seconds": self.spent(),
@@ -244,6 +300,9 @@ class StageRun:
         s.teacher.load_state_dict(saved["teacher"])
         s.step = self._last_saved = step
         self.history, self.evaluator.reads, self._spent = saved["history"], saved["reads"], saved["seconds"]
+        self.best = saved["best"]
+        if saved["end"] < self.end:  # its patience was at an end
+            self.end = s.last_step = saved["end"]
         self.metrics.cut(saved["metrics_offset"])
 
     def spent(self) -> tuple[float, float]:

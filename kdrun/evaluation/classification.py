@@ -17,12 +17,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from kdrun.errors import Problem, Refused, RunFailed, did_you_mean
-from kdrun.evaluation.protocol import Protocol
+from kdrun.errors import Problem, Refused, RunFailed
+from kdrun.evaluation.base import Evaluation
 
 
 @dataclass(eq=False)
-class Classification:
+class Classification(Evaluation):
     """What is measured of a classifier, how often, and which epoch's number is reported.
 
     Raises `Refused` for a field outside its range; `meter` does so for what only the class count shows.
@@ -31,27 +31,16 @@ class Classification:
     top_k: tuple[int, ...] = (1, 5)  # a k that is not below the class count is skipped
     bins: int = 15  # Guo et al., table 1
     pair_order: bool = False
-    latency: bool = False  # for the caller: whether to time a forward pass of the models, see `cost.latency`
-    every_epochs: int = 1
-    primary: str = "top1"  # what the protocol, the verdict and claims without a metric speak of
-    protocol: Protocol = "last"
-    last_k: int = 5  # evaluations behind "median_last_k"
 
-    def __post_init__(self) -> None:
+    def own_problems(self) -> list[Problem]:
         self.top_k = tuple(sorted(set(self.top_k)))
-        problems = [
-            Problem(f"must be at least 1, not {getattr(self, name)}", f"evaluation.{name}", "", f"e.g. evaluation.{name}={example}")
-            for name, example in (("bins", 15), ("every_epochs", 1), ("last_k", 5))
-            if getattr(self, name) < 1
-        ]
+        problems = []
+        if self.bins < 1:
+            problems.append(Problem(f"must be at least 1, not {self.bins}", "evaluation.bins", "", "e.g. evaluation.bins=15"))
         if not self.top_k or self.top_k[0] < 1:
             what = f"needs whole numbers of at least 1, not {list(self.top_k)}"
             problems.append(Problem(what, "evaluation.top_k", "", "e.g. evaluation.top_k=[1,5]"))
-        elif self.primary not in self.names():
-            remedy = did_you_mean(self.primary, self.names())
-            problems.append(Problem(f"'{self.primary}' is not measured", "evaluation.primary", "", remedy))
-        if problems:
-            raise Refused(problems)
+        return problems
 
     def names(self, classes: int | None = None) -> list[str]:
         """The metrics that a meter for so many classes returns, those that need a teacher's logits included."""

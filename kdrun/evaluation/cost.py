@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdrun.student.taps import stand_ins
+
 
 def parameters(module: nn.Module) -> int:
     """The number of parameters, trained or frozen; one that is shared counts once."""
@@ -28,7 +30,8 @@ def flops(module: nn.Module, input_shape: Sequence[int]) -> int:
     products, convolutions and attention; not biases, norms, activations and pooling.
     """
     with _untouched(module), torch.no_grad(), _no_fast_path(), FlopCounterMode(display=False) as counter:
-        module(_zeros(module, input_shape, 1))
+        sample = _zeros(module, input_shape, 1)
+        module(sample, **stand_ins(module, 1, sample))
     return int(counter.get_total_flops())
 
 
@@ -43,7 +46,9 @@ def latency(module: nn.Module, input_shape: Sequence[int], batch_size: int = 1, 
     from torch.utils.benchmark import Timer
 
     sample = _zeros(module, input_shape, batch_size)
-    timer = Timer("module(sample)", globals={"module": module, "sample": sample}, num_threads=torch.get_num_threads())
+    beside = stand_ins(module, batch_size, sample)
+    known = {"module": module, "sample": sample, "beside": beside}
+    timer = Timer("module(sample, **beside)", globals=known, num_threads=torch.get_num_threads())
     with _untouched(module), torch.inference_mode():
         seconds = [timer.timeit(1).median for _ in range(repeats)]  # each is preceded by untimed passes of the Timer's own
     median = statistics.median(seconds)

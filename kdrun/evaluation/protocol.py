@@ -20,13 +20,15 @@ class Reported(NamedTuple):
     description: str
 
 
-def reported(history: Sequence[Mapping[str, Any]], protocol: Protocol, primary: str = "top1", last_k: int = 5) -> Reported:
+def reported(
+    history: Sequence[Mapping[str, Any]], protocol: Protocol, primary: str = "top1", last_k: int = 5, ties: str = "first"
+) -> Reported:
     """The primary metric on test that a protocol reports.
 
     `history` holds {"epoch", "validation": metrics or None, "test": metrics or None} by rising epoch. A best epoch is
-    the one whose metric is best in the metric's own direction; the earliest of equals; an epoch whose metric is not a
-    number is never best. Fewer than `last_k` test evaluations give the median of those there are, and are so described.
-    Raises `Refused` if the history lacks what the protocol looks at.
+    the one whose metric is best in the metric's own direction: of equals the earliest, with ties="last" the latest. An
+    epoch whose metric is not a number is never best. Fewer than `last_k` test evaluations give the median of those there
+    are, and are so described. Raises `Refused` if the history lacks what the protocol looks at.
     """
     if not history:
         raise Refused(Problem("nothing was evaluated", "evaluation", "", "evaluate at least once, at the last epoch"))
@@ -34,10 +36,10 @@ def reported(history: Sequence[Mapping[str, Any]], protocol: Protocol, primary: 
         entry = history[-1]
         return Reported(_metric(entry, "test", primary), f"test {primary} at the last epoch ({entry['epoch']})")
     if protocol == "best_val":
-        best = _best(history, "validation", primary, "dataset.validation=0.1")
+        best = best_epoch(history, "validation", primary, "dataset.validation=0.1", ties)
         return Reported(_metric(best, "test", primary), f"test {primary} at epoch {best['epoch']}, chosen by validation {primary}")
     if protocol == "best_test":
-        best = _best(history, "test", primary, "evaluation.protocol=last")
+        best = best_epoch(history, "test", primary, "evaluation.protocol=last", ties)
         return Reported(_metric(best, "test", primary), f"epoch {best['epoch']}, selected on test: as published, not comparable")
     if protocol == "median_last_k":
         entries = [entry for entry in history if entry.get("test")][-last_k:]
@@ -59,7 +61,10 @@ def _metric(entry: Mapping[str, Any], split: str, name: str) -> float:
     return float(metrics[name])
 
 
-def _best(history: Sequence[Mapping[str, Any]], split: str, name: str, remedy: str) -> Mapping[str, Any]:
+def best_epoch(
+    history: Sequence[Mapping[str, Any]], split: str, name: str, remedy: str = "", ties: str = "first"
+) -> Mapping[str, Any]:
+    """The entry whose metric on a split is best. Raises `Refused` where no entry has a number there."""
     entries = [entry for entry in history if entry.get(split)]
     if not entries:
         raise Refused(Problem(f"no epoch was evaluated on {split}", "evaluation.protocol", "", remedy))
@@ -71,4 +76,5 @@ def _best(history: Sequence[Mapping[str, Any]], split: str, name: str, remedy: s
     if not numbers:
         what = f"{name} on {split} is not a number at any epoch: the run diverged"
         raise Refused(Problem(what, "evaluation.protocol", "", "lower optim.lr, or report evaluation.protocol=last"))
-    return (max if metric.higher_is_better else min)(numbers, key=lambda entry: _metric(entry, split, name))
+    ordered = numbers if ties == "first" else numbers[::-1]  # max and min give the first of equals
+    return (max if metric.higher_is_better else min)(ordered, key=lambda entry: _metric(entry, split, name))

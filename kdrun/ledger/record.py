@@ -16,7 +16,7 @@ from kdrun.engine import compare, provenance
 from kdrun.engine.build import allowed
 from kdrun.engine.compare import Job
 from kdrun.engine.records import write_json
-from kdrun.engine.run import taints
+from kdrun.engine.summary import taints
 from kdrun.errors import CheckFailed, Refused
 from kdrun.evaluation.metrics import kind
 from kdrun.ledger.claims import ClaimResult, claim_problems, judge_claim, parse_claim

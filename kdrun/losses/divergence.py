@@ -16,8 +16,13 @@ from kdrun.losses.precision import widen
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)_y.  logits [B, C], targets [B] int64 -> [B], nats."""
-    return F.cross_entropy(widen(logits), targets, reduction="none")
+    """-log softmax(logits)_y, 0 where y = -1.  logits [B, C], targets [B] int64 -> [B], or [B, C, H, W], [B, H, W] -> [B, H, W]; nats."""
+    return F.cross_entropy(widen(logits), targets, reduction="none", ignore_index=-1)
+
+
+def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-sum_c q_c log softmax(logits)_c of logits and class probabilities q, [..., C] -> [...], nats."""
+    return -(target * F.log_softmax(widen(logits), -1).masked_fill(target == 0, 0.0)).sum(-1)
 
 
 def kl_between(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Term
+from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Start, Term
+
+Gather = Callable[[Tensor], Tensor]  # rows of all ranks, with gradient to one's own
 
 
 @dataclass(eq=False)
@@ -22,6 +24,7 @@ class Objective:
 
     coupling: ClassVar[Literal["none", "batch"]] = "none"  # "batch": a term looks at several samples at once
     phases: ClassVar[tuple[str, ...]] = ("student",)  # one optimiser each
+    compilable: ClassVar[bool] = True  # False where `compute` differentiates twice
 
     def needs(self) -> Needs:
         """What must be there, declared, so that a bad pairing is refused before the run."""
@@ -34,9 +37,23 @@ class Objective:
         """
         return nn.ModuleDict()
 
+    def start(self, start: Start, connectors: Connectors) -> None:
+        """Called once before step 0, when the teacher's weights are loaded: copy weights, walk the data, build state.
+
+        Before a resume it is called too; the checkpoint then overwrites connectors and state.
+        """
+
     def units(self) -> tuple[str, ...]:
         """Every unit that the terms use."""
-        return ("sample",)
+        return ("sample", "label")
+
+    def count(self, batch: Batch) -> dict[str, int | Tensor]:
+        """The items of each unit in one micro-batch, of those units that add up over micro-batches and ranks."""
+        return {"sample": len(batch.ids), "label": (batch.targets >= 0).sum()}
+
+    def active(self, phase: str, progress: Progress) -> bool:
+        """Whether a phase runs in this step."""
+        return True
 
     def weights(self, progress: Progress) -> dict[str, float]:
         """The weight of every term at this step. A term whose weight is 0 must cost nothing where that is possible."""
@@ -49,6 +66,27 @@ class Objective:
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
         """The terms of one micro-batch (of the whole gathered batch if coupling is "batch"). Pure but for `output.keep`."""
         raise NotImplementedError
+
+    def compute(
+        self, student: Any, batch: Batch, signal: Signal, phase: str, connectors: Connectors, gather: Gather | None
+    ) -> tuple[dict[str, Term], dict[str, Tensor]]:
+        """The whole differentiable part of one phase: (terms, detached rows that after_step wants).
+
+        `student(inputs, extra)` returns (logits, taps by name); `student.module` is the bare network. `gather` is None on one
+        rank and for objectives that do not couple samples. Override it where a method calls the student in another way.
+        """
+        logits, taps = student(batch.inputs, batch.extra)
+        output = Output(logits, taps, {})
+        if gather is not None:
+            # A term that couples samples must see the whole batch: every rank evaluates it on all rows, with gradient
+            # to its own. The counts are added over ranks as well, so the sum of the ranks' gradients is the exact one.
+            output = Output(gather(logits), {k: gather(v) for k, v in taps.items()}, {})
+            signal, batch = gathered(signal, batch, gather)
+        return self.terms(output, signal, batch, phase, connectors), output.keep
+
+    def report(self) -> dict[str, float]:
+        """Numbers about the objective's own state, written beside the metrics of every evaluation."""
+        return {}
 
     def trained_in(self, phase: str) -> tuple[str, ...]:
         """Prefixes of the learner's parameter names that a phase trains ("student.", "connectors.")."""
@@ -66,3 +104,10 @@ class Objective:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             raise ValueError(f"{type(self).__name__} has no state but was given {sorted(state)}")
+
+
+def gathered(signal: Signal, batch: Batch, gather: Gather) -> tuple[Signal, Batch]:
+    """Signal and batch of all ranks, the inputs left out: they are this rank's own."""
+    said = Signal(None if signal.logits is None else gather(signal.logits), {k: gather(v) for k, v in signal.taps.items()})
+    extra = {k: gather(v) for k, v in batch.extra.items()}
+    return said, Batch(batch.inputs, gather(batch.targets), gather(batch.ids), gather(batch.view), extra)

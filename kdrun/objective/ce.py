@@ -20,4 +20,4 @@ class CE(Objective):
         return {"ce": 1.0}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        return {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        return {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}

@@ -120,7 +120,7 @@ class CRD(Objective):
         return batch._replace(extra={**batch.extra, "crd_rows": rows.to(batch.ids.device)})
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         if self.kd_weight:
             assert signal.logits is not None
             kl = kl_divergence(output.logits, signal.logits.detach(), self.kd_temperature)

@@ -42,13 +42,13 @@ class DIST(Objective):
         return Needs(teacher_logits=self.beta > 0 or self.gamma > 0)
 
     def units(self) -> tuple[str, ...]:
-        return ("sample", "class")
+        return ("sample", "label", "class")
 
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": self.ce_weight, "inter": self.beta, "intra": self.gamma}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         if not (self.beta or self.gamma):
             return terms
         assert signal.logits is not None

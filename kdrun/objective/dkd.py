@@ -41,7 +41,7 @@ class DKD(Objective):
         return {"ce": self.ce_weight, "tckd": warm * self.alpha, "nckd": warm * self.beta}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         for name, weight, divergence in (("tckd", self.alpha, target_divergence), ("nckd", self.beta, nontarget_divergence)):
             if weight:
                 assert signal.logits is not None

@@ -96,7 +96,7 @@ class FitNet(Objective):
         return {"ce": self.ce_weight, "hint": self.beta}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         if self.beta:
             regressed = connectors["regressor"](output.taps[self.student_tap])
             terms["hint"] = Term(mean_squared_error(regressed, signal.taps[self.teacher_tap].detach()).sum(), "sample")

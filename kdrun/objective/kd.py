@@ -33,7 +33,7 @@ class KD(Objective):
         return {"ce": self.ce_weight, "kd": self.kd_weight}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         if self.kd_weight:
             assert signal.logits is not None
             kl = kl_divergence(output.logits, signal.logits.detach(), self.temperature)

@@ -44,13 +44,13 @@ class RKD(Objective):
         return Needs(teacher_taps=(self.teacher_tap,), student_taps=(self.student_tap,))
 
     def units(self) -> tuple[str, ...]:
-        return ("sample", "pair", "triplet")
+        return ("label", "pair", "triplet")
 
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": self.ce_weight, "distance": self.distance_weight, "angle": self.angle_weight}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "sample")}
+        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         for name, weight, relation, unit in (
             ("distance", self.distance_weight, relative_distances, "pair"),
             ("angle", self.angle_weight, angles, "triplet"),

@@ -10,11 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdrun.config.compose import flatten
+from kdrun.config.compose import LOCATION, flatten
 from kdrun.errors import Problem, Refused, did_you_mean
+from kdrun.plan.base import Plan, Session
 
 # A change of the training code that changes results must change this number: trained teachers are kept by content.
-TEACHER_FORMAT = 2
+TEACHER_FORMAT = 3
+
+
+@dataclass(eq=False)
+class Single(Plan):
+    """One student trained once."""
+
+    def run(self, session: Session) -> Any:
+        built = session.build()
+        session.ready_teacher(built)
+        return session.finish(session.train(None, built))
 
 
 @dataclass(frozen=True)
@@ -44,14 +55,28 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
     stage["objective"] = {"_target_": "kdrun.objective.ce.CE"}
     stage["seed"] = node.get("seed", 0)
     stage["optim"] = {**stage["optim"], "ema": None}
-    stage["plan"] = {"kind": "single", "start_from": None}
-    for key, value in flatten(node.get("fit") or {}).items():
+    stage["optim"]["phases"] = {}
+    stage["plan"] = {"_target_": "kdrun.plan.single.Single", "start_from": None}
+    fit = dict(node.get("fit") or {})
+    for group in [g for g, value in fit.items() if isinstance(value, Mapping) and "_target_" in value]:
+        stage[group] = dict(fit.pop(group))  # a group of its own: another objective, source or evaluation
+    for key, value in flatten(fit).items():
         _set(stage, key, value)
-    content = {k: stage[k] for k in ("student", "dataset", "source", "optim", "seed")}
+    content = {k: stage[k] for k in ("student", "source", "optim", "objective", "seed")}
+    # Where the data lies and how many workers read it changes no teacher; the fingerprint says which data it is.
+    content["dataset"] = {k: v for k, v in stage["dataset"].items() if k not in LOCATION}
+    content["chosen_by"] = _choice(stage["evaluation"])
     content |= {"data": fingerprint, "format": TEACHER_FORMAT, "max_steps": stage["run"]["max_steps"], "dry": stage["run"]["dry"]}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
     name = str(node["_target_"]).rpartition(".")[2]
     return StageSpec("teacher", stage, Path(tree["run"]["root"]) / "teachers" / f"{name}-{digest}")
+
+
+def _choice(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What decides which epoch's weights are kept, where it is not the last one's."""
+    if evaluation.get("protocol") != "best_val" and evaluation.get("patience") is None:
+        return None
+    return {key: evaluation.get(key) for key in ("protocol", "primary", "ties", "patience", "every_epochs")}
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:

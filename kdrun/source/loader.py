@@ -25,8 +25,11 @@ class Loader:
     shuffle: bool = True
     augment: bool = True
     views: int | None = None
+    held_out: int | None = None
 
     def __post_init__(self) -> None:
+        if self.held_out is not None and self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must be at least 1, or null for none")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1")
         if self.views is not None and self.views < 1:
@@ -84,19 +87,29 @@ class EpochLoader:
         if not self.spec.drop_last and 0 < tail < self.world:
             what = f"the last batch of an epoch has {tail} samples, fewer than the {self.world} ranks"
             raise Refused(Problem(what, "source.drop_last", self.data.name, "source.drop_last=true"))
-        self._check_micro_batch(share(batch, self.rank, self.world))
-
-    def _check_micro_batch(self, full: int) -> None:
-        sizes = [self.micro_batch] if isinstance(self.micro_batch, int) else list(self.micro_batch or [full])
-        if min(sizes) < 1:
-            remedy = "hardware.micro_batch=null for the whole batch"
-            raise Refused(Problem(f"micro-batches of {sizes} samples", "hardware.micro_batch", "", remedy))
-        if not isinstance(self.micro_batch, int) and sum(sizes) != full:
-            what = f"sizes {sizes} add up to {sum(sizes)}; rank {self.rank} has {full} samples of each batch"
-            raise Refused(Problem(what, "hardware.micro_batch", "", "make them add up, or give one number"))
+        check_micro_batch(self.micro_batch, share(batch, self.rank, self.world), self.rank)
+        if self.data.whole:
+            what = f"{self.data.name} is one graph and cannot be cut into batches"
+            raise Refused(Problem(what, "source", self.data.name, "source=whole"))
+        if self.spec.held_out is not None and self.spec.held_out > len(self.data.split("validation")):
+            rows = len(self.data.split("validation"))
+            what = f"the validation split has {rows} rows"
+            raise Refused(Problem(what, "source.held_out", self.data.name, f"source.held_out={rows} at most"))
 
     def group(self, step: int) -> list[Batch]:
         """The micro-batches of optimiser step `step` (from 0) on this rank."""
+        batches = self._batches(step)
+        return batches if self.spec.held_out is None else [self._beside(batch, step) for batch in batches]
+
+    def _beside(self, batch: Batch, step: int) -> Batch:
+        """The batch with this rank's share of the step's validation rows in extra, evaluated views."""
+        rows = len(self.data.split("validation"))
+        drawn = rng.permutation(rng.key(self.seed, "held out"), rows, step)[: self.spec.held_out]
+        mine = drawn.tensor_split(self.world)[self.rank]
+        held = self.data.rows("validation", mine, torch.zeros_like(mine), self.seed, False, self.device)
+        return batch._replace(extra={**batch.extra, "held_out_inputs": held.inputs, "held_out_targets": held.targets})
+
+    def _batches(self, step: int) -> list[Batch]:
         pieces = self._pieces(step)
         if not self.data.split(self.split).storage.prefetches:
             return [self.data.rows(self.split, index, view, self.seed, self.spec.augment, self.device) for index, view in pieces]
@@ -133,6 +146,17 @@ class EpochLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state:
             raise ValueError(f"a plain loader has no state but was given {sorted(state)}")
+
+
+def check_micro_batch(micro_batch: int | Sequence[int] | None, full: int, rank: int) -> None:
+    """Raise `Refused` for sizes that cannot cut a rank's full batch of `full` samples."""
+    sizes = [micro_batch] if isinstance(micro_batch, int) else list(micro_batch or [full])
+    if min(sizes) < 1:
+        remedy = "hardware.micro_batch=null for the whole batch"
+        raise Refused(Problem(f"micro-batches of {sizes} samples", "hardware.micro_batch", "", remedy))
+    if not isinstance(micro_batch, int) and sum(sizes) != full:
+        what = f"sizes {sizes} add up to {sum(sizes)}; rank {rank} has {full} samples of each batch"
+        raise Refused(Problem(what, "hardware.micro_batch", "", "make them add up, or give one number"))
 
 
 def share(count: int, rank: int, world: int) -> int:

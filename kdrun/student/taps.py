@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdrun.errors import Problem, Refused, did_you_mean
-from kdrun.types import ModelSpec
+from kdrun.types import Batch, ModelSpec
 
 INPUT = "@in"
 
@@ -128,12 +128,29 @@ class Tapped(nn.Module):
         self._box = _Box()
         _install(module, self._box, taps, wanted, key)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, extra: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         taken: dict[str, Tensor] = {}
         self._box.taken = taken
-        logits = _logits(self.module(x))
+        logits = _logits(self.module(x, **taken_by(self.module, extra or {})))
         self._box.taken = None
         return logits, taken
+
+
+def taken_by(network: nn.Module, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a network's forward takes beside its input: the names that its `takes` lists (a graph's edges, a time, a label)."""
+    return {name: extra[name] for name in getattr(network, "takes", ())}
+
+
+def ask(network: nn.Module, batch: Batch) -> Tensor:
+    """What a bare network says of a batch: logits [B, C], or whatever tensor it speaks."""
+    return _logits(network(batch.inputs, **taken_by(network, batch.extra)))
+
+
+def stand_ins(network: nn.Module, rows: int, like: Tensor) -> dict[str, Tensor]:
+    """Values for what a network takes beside its input, for tracing shapes: its own `example(rows)`."""
+    if not getattr(network, "takes", ()):
+        return {}
+    return {name: value.to(like.device) for name, value in network.example(rows).items()}  # type: ignore[operator]
 
 
 @contextmanager
@@ -167,7 +184,7 @@ def model_spec(
     handles = _install(module, box, taps, wanted, key)
     try:
         with _untouched(module, first.device):
-            logits = _logits(module(x))
+            logits = _logits(module(x, **stand_ins(module, 1, x)))
     except Exception as error:  # whatever a foreign network raises on an input that it was not made for
         what = f"{type(module).__name__} cannot run on an input of shape {list(input_shape)}: {error}"
         remedy = "choose a network for this input, or give it the argument that sets its input (in_channels, img_size, ...)"
@@ -180,7 +197,8 @@ def model_spec(
     if missing:
         what = f"did not pass a tensor in the forward of {type(module).__name__}: {', '.join(missing)}"
         raise Refused(Problem(what, key=key, remedy="tap a module that its forward calls with a positional input"))
-    return ModelSpec(int(logits.shape[-1]), tuple(input_shape), {name: tuple(taken[name].shape[1:]) for name in wanted})
+    classes = int(logits.shape[1]) if logits.dim() > 1 else 0
+    return ModelSpec(classes, tuple(input_shape), {name: tuple(taken[name].shape[1:]) for name in wanted})
 
 
 def tap_shapes(

@@ -8,19 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdrun.types import Batch, ModelSpec, Needs, Signal
+from kdrun.types import Batch, ModelSpec, Needs, Progress, Signal
 
 
 class LiveTeacher:
     """`module` returns (logits, taps by name). `affine` maps the data set's normalisation to the teacher's own."""
+
+    follows = False
 
     def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
         self.module = module.eval().requires_grad_(False)
         # Law 6: nothing may put the teacher into training mode, not even a parent's train().
         self.module.train = lambda mode=True: self.module  # type: ignore[method-assign]
         self.spec: ModelSpec | None = spec
-        self.forward: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = module
+        self.forward: Callable[..., tuple[Tensor, dict[str, Tensor]]] = module  # (inputs, extra)
         self._affine = affine
+
+    @property
+    def network(self) -> nn.Module:
+        """The teacher without its taps."""
+        return getattr(self.module, "module", self.module)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        return tuple(getattr(self.network, "takes", ()))
 
     def renormalise(self, inputs: Tensor) -> Tensor:
         if self._affine is None:
@@ -32,8 +43,10 @@ class LiveTeacher:
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         if not needs.teacher_logits and not needs.teacher_taps:
             return Signal(None, {})
-        logits, taps = self.forward(self.renormalise(batch.inputs))
+        logits, taps = self.forward(self.renormalise(batch.inputs), batch.extra)
         return Signal(logits, taps)
+
+    def after_step(self, student: nn.Module, progress: Progress) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -50,7 +50,7 @@ notes: ["a world of this size shows nothing"]
 
 def without_pictures(patch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs."""
-    patch.setattr("kdrun.engine.run.plot_curves", lambda folder: None)
+    patch.setattr("kdrun.engine.session.plot_curves", lambda folder: None)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from kdrun.student.weights import save_student
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these runs; no law speaks of it."""
-    monkeypatch.setattr("kdrun.engine.run.plot_curves", lambda folder: None)
+    monkeypatch.setattr("kdrun.engine.session.plot_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from kdrun.engine.device import set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.records import METRICS, read_lines
 from kdrun.engine.report import Reporter
-from kdrun.engine.run import STUDENT_FILE, execute
+from kdrun.engine.records import STUDENT_FILE
+from kdrun.engine.run import execute
 from kdrun.engine.stage import StageRun, make_stage
 
 

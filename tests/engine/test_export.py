@@ -14,7 +14,7 @@ from torch import nn
 from kdrun.config.compose import compose
 from kdrun.engine.build import load_data
 from kdrun.engine.records import SUMMARY, read_json
-from kdrun.engine.run import STUDENT_FILE
+from kdrun.engine.records import STUDENT_FILE
 from kdrun.student.mlp import mlp
 from kdrun.student.resnet import resnet8
 from tests.engine.running import Notes, run
@@ -73,7 +73,7 @@ def test_a_timm_student_loads_into_timm(tiny_cifar100: Path, tmp_path: Path) -> 
 def test_the_logits_are_those_of_the_student_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, not merely as often right."""
     seen: dict[str, nn.Module] = {}
-    from kdrun.engine import run as runs
+    from kdrun.engine import session as runs
 
     original: Callable[..., None] = runs.save_student
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kdrun.objective.base import Objective
-from kdrun.types import UNITS, Batch, Connectors, Context, ModelSpec, Output, Progress, Signal, Term
+from kdrun.types import COUPLED_UNITS, Batch, Connectors, Context, ModelSpec, Output, Progress, Signal, Term
 
 CONF = Path(__file__).parents[2] / "conf" / "objective"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -22,7 +22,12 @@ CLASSES, STEP = 5, 8
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])  # by sample id; class 4 never occurs
 STUDENT_TAPS: dict[str, tuple[int, ...]] = {"f2": (3, 4, 4), "pooled": (6,)}
 TEACHER_TAPS: dict[str, tuple[int, ...]] = {"f2": (4, 2, 2), "pooled": (7,)}
-SMALL: dict[str, dict[str, Any]] = {"crd": {"negatives": 4, "width": 8}}  # fields whose paper value needs a larger world
+SMALL: dict[str, dict[str, Any]] = {  # fields whose paper value needs a larger world, and taps that are there
+    "crd": {"negatives": 4, "width": 8},
+    "acam_kd": {"student_taps": ["f2"], "teacher_taps": ["f2"]},
+    "map_mse": {"student_taps": ["f2"], "teacher_taps": ["f2"]},
+}
+EDGES = torch.tensor([[2, 3, 5, 6], [3, 2, 6, 5]])  # of a graph on the step's rows; no cut of a test goes through an edge
 PROGRESS = Progress(step=0, total_steps=100, steps_per_epoch=10)
 
 # The tensors of the hand-computed examples.
@@ -70,13 +75,23 @@ class Toy:
 
 
 def pick_batch(batch: Batch, rows: slice) -> Batch:
-    return Batch(batch.inputs[rows], batch.targets[rows], batch.ids[rows], batch.view[rows], {k: v[rows] for k, v in batch.extra.items()})
+    extra = {k: v[rows] if k != "edge_index" else pick_edges(v, rows) for k, v in batch.extra.items()}
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.ids[rows], batch.view[rows], extra)
+
+
+def pick_edges(edges: Tensor, rows: slice) -> Tensor:
+    """The edges [2, E] inside a stretch of rows, counted from its first."""
+    start, stop, _ = rows.indices(STEP)
+    return edges[:, ((edges >= start) & (edges < stop)).all(0)] - start
 
 
 def add_up(objective: Objective, terms: Mapping[str, Term], samples: int, classes: int = CLASSES) -> Tensor:
     """What the loop minimises: sum of weight * sum / count."""
     weights = objective.weights(PROGRESS)
-    return torch.stack([weights[name] * term.sum / UNITS[term.unit](samples, classes) for name, term in terms.items()]).sum()
+    edges = EDGES.shape[1]
+    counts = {"sample": samples, "label": samples, "edge": edges, "edge_or_self": edges + samples}
+    counts |= {unit: number(samples, classes) for unit, number in COUPLED_UNITS.items()}
+    return torch.stack([weights[name] * term.sum / counts[term.unit] for name, term in terms.items()]).sum()
 
 
 def make(name: str, **values: Any) -> Objective:
@@ -108,7 +123,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: f
         return (scale * torch.randn(STEP, *shape, generator=generator, dtype=torch.float64)).to(dtype)
 
     ids = torch.randperm(len(LABELS), generator=generator)[:STEP]
-    batch = Batch(torch.zeros(STEP, 1), LABELS[ids], ids, torch.ones(STEP, dtype=torch.int64), {})
+    batch = Batch(torch.zeros(STEP, 1), LABELS[ids], ids, torch.ones(STEP, dtype=torch.int64), {"edge_index": EDGES})
     signal = Signal(normal(CLASSES), {k: normal(*shape) for k, shape in TEACHER_TAPS.items()})
     taps = {k: normal(*shape).requires_grad_() for k, shape in STUDENT_TAPS.items()}
     return Toy(objective, connectors, normal(CLASSES).requires_grad_(), taps, signal, batch, {})

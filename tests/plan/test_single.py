@@ -12,7 +12,8 @@ import pytest
 from kdrun.config.check import check
 from kdrun.config.compose import compose
 from kdrun.engine.records import METRICS, SUMMARY, read_json
-from kdrun.engine.run import STUDENT_FILE, execute
+from kdrun.engine.records import STUDENT_FILE
+from kdrun.engine.run import execute
 from kdrun.engine.stage import StageRun
 from kdrun.errors import Refused
 from kdrun.plan.single import StageSpec, teacher_stage

@@ -18,7 +18,7 @@ DRY = ["run.dry=true", "run.rivals=false", "run.seeds=null"]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdrun.engine.run.plot_curves", lambda folder: None)
+    monkeypatch.setattr("kdrun.engine.session.plot_curves", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

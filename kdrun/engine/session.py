@@ -1,0 +1,135 @@
+"""One run as its plan sees it: parts, teachers, training stages and kept results, each going on where a killed run left it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdrun.config.compose import Composed
+from kdrun.dataset.base import Data
+from kdrun.engine import state
+from kdrun.engine.build import Built, build
+from kdrun.engine.distributed import Ranks
+from kdrun.engine.optim import try_settings
+from kdrun.engine.plots import plot_curves
+from kdrun.engine.records import STUDENT_FILE, SUMMARY, write_json
+from kdrun.engine.report import Reporter
+from kdrun.engine.stage import StageRun, make_stage
+from kdrun.engine.summary import Result, provenance_of, summarise, teacher_line
+from kdrun.engine.teaching import check_stage, load_teacher, train_teacher
+from kdrun.errors import CheckFailed
+from kdrun.plan.single import teacher_stage
+from kdrun.student.weights import load_weights, save_student, sha256_of
+from kdrun.teacher.live import LiveTeacher
+
+KEPT = "kept"  # the folder of what stages without an optimiser made
+
+
+class Session:
+    """Implements `kdrun.plan.base.Session`. `folder` is set when the run's folder is opened."""
+
+    def __init__(self, composed: Composed, data: Data, device: torch.device, ranks: Ranks, reporter: Reporter, resume: bool) -> None:
+        self.composed, self.data, self.device, self.ranks, self.reporter, self.resume = composed, data, device, ranks, reporter, resume
+        self.tree = composed.tree
+        self.folder = Path()
+        self._first: Built | None = None
+        self._teachers: dict[int, dict[str, Any]] = {}  # facts by the id of the parts
+        self._initial: dict[int, str] = {}  # checksums of students before step 0, of teachers before a stage
+
+    def build(self, tree: Mapping[str, Any] | None = None, data: Data | None = None) -> Built:
+        if tree is None and data is None:
+            self._first = self._first or self._start(build(self.tree, self.data, self.device, self.ranks))
+            return self._first
+        built = build(tree or self.tree, data or self.data, self.device, self.ranks)
+        try_settings(built.tree["optim"], built.objective.phases)
+        return self._start(built)
+
+    def _start(self, built: Built) -> Built:
+        """A new run that begins with another run's student (not a resume: optimiser and data start anew)."""
+        wanted = built.tree["plan"].get("start_from")
+        if wanted:
+            path = Path(wanted)
+            load_weights(built.network, path / STUDENT_FILE if path.is_dir() else path, key="plan.start_from")
+        return built
+
+    def check_teacher(self, built: Built) -> None:
+        """Refuse what the teacher's training would refuse; load and measure a given teacher. Nothing is written."""
+        spec = teacher_stage(built.tree, built.data.fingerprint)
+        if spec is not None:
+            check_stage(self.composed, spec)
+        else:
+            self._teachers[id(built)] = load_teacher(built.tree, built, self.device, self.ranks)
+
+    def ready_teacher(self, built: Built) -> dict[str, Any]:
+        if id(built) not in self._teachers:
+            spec = teacher_stage(built.tree, built.data.fingerprint)
+            self._teachers[id(built)] = (
+                load_teacher(built.tree, built, self.device, self.ranks)
+                if spec is None
+                else train_teacher(self.composed, spec, built, self.folder, self.device, self.ranks, self.reporter)
+            )
+        facts = self._teachers[id(built)]
+        if facts:
+            self.reporter.note(teacher_line(facts, built.evaluation.primary))
+        return facts
+
+    def prepare(self, name: str | None, built: Built, tree: Mapping[str, Any] | None = None) -> StageRun:
+        folder = self.folder if name is None else self.folder / name
+        self._initial[id(built)] = sha256_of(built.network)
+        if isinstance(built.teacher, LiveTeacher):
+            self._initial[id(built.teacher)] = sha256_of(built.teacher.module)
+        stage = make_stage(tree or built.tree, built, self.device, self.ranks, (name or "student").replace("/", " "), self.reporter)
+        if self.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            if name is None:
+                self._write_provenance(built)
+        self.ranks.barrier()
+        run = StageRun(tree or built.tree, built, stage, folder, self.reporter, self.folder)
+        run.begin(self.resume and (name is None or (folder / "checkpoints").is_dir()))
+        return run
+
+    def train(self, name: str | None, built: Built, tree: Mapping[str, Any] | None = None) -> StageRun:
+        run = self.prepare(name, built, tree)
+        run.advance()
+        self._check_untouched(built)
+        return run
+
+    def _check_untouched(self, built: Built) -> None:
+        """Law 6."""
+        if isinstance(built.teacher, LiveTeacher) and sha256_of(built.teacher.module) != self._initial[id(built.teacher)]:
+            raise CheckFailed("the teacher's weights or buffers changed during the run; it is not recorded")
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        folder = self.folder / KEPT / name
+        found = state.newest(folder) if self.resume else None
+        if found is not None:
+            return found[1]
+        made = make()
+        if self.ranks.first:
+            state.save(folder, 0, made, keep=1)
+        self.ranks.barrier()
+        return made
+
+    def finish(self, training: StageRun, metrics: Mapping[str, float] | None = None, facts: Mapping[str, Any] | None = None) -> Result:
+        built = training.built
+        training.take_best()
+        student = training.exported()
+        summary = summarise(self.composed, student, training, self._teachers.get(id(built), {}), self.device, metrics or {})
+        summary |= facts or {}
+        summary["folder"] = str(self.folder)
+        if self.ranks.first:
+            if not (self.folder / "provenance.json").is_file():
+                self._write_provenance(built)
+            save_student(student, self.folder / STUDENT_FILE, {"recipe": str(self.composed.recipe), "config_hash": self.composed.hash()})
+            plot_curves(training.folder)
+            built.evaluation.picture(self.folder, student, built.teacher, built.data, self.device)
+            write_json(self.folder / SUMMARY, summary)
+        self.ranks.barrier()
+        return Result(self.folder, summary)
+
+    def _write_provenance(self, built: Built) -> None:
+        facts, initial = self._teachers.get(id(built), {}), self._initial.get(id(built), "")
+        write_json(self.folder / "provenance.json", provenance_of(self.composed, built, facts, initial, self.device, self.ranks))
