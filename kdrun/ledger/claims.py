@@ -4,6 +4,9 @@
     pld.nll < kd.nll         in another metric (said once, it counts for both arms)
     pld > listmle + 3        by more than 3, in the metric's unit
     pld_tau1 ~ ce            the two cannot be told apart
+    sid.ua < 30              a metric of one arm against a number
+    sfd.kept_sw < 0.5 floor  against a multiple of the other arm's
+    tgeo.on_clean > tgeo.on_noisy   two metrics of one arm
 
 A claim is held against the 95 % interval of the difference paired by seed, never against two means alone.
 """
@@ -22,8 +25,9 @@ from kdrun.ledger.statistics import LEVEL, Difference, paired
 _CLAIM = re.compile(
     r"""\s* (?P<left>[A-Za-z_]\w*) (?:\.(?P<left_metric>\w+))?
         \s* (?P<relation>[<>~])
-        \s* (?P<right>[A-Za-z_]\w*) (?:\.(?P<right_metric>\w+))?
-        \s* (?:(?P<sign>[+-]) \s* (?P<margin>\d+(?:\.\d+)?|\.\d+))? \s*""",
+        \s* (?: (?P<number>[+-]?(?:\d+(?:\.\d+)?|\.\d+))
+               | (?:(?P<factor>\d+(?:\.\d+)?|\.\d+) \s+)? (?P<right>[A-Za-z_]\w*) (?:\.(?P<right_metric>\w+))?
+                 \s* (?:(?P<sign>[+-]) \s* (?P<margin>\d+(?:\.\d+)?|\.\d+))? ) \s*""",
     re.VERBOSE | re.ASCII,
 )
 _EXAMPLES = "write 'pld > ce', 'pld.nll < kd.nll', 'pld > listmle + 3' or 'pld ~ ce'"
@@ -33,14 +37,22 @@ Results = Mapping[str, Mapping[str, Mapping[int, float]]]  # arm, metric, seed
 
 @dataclass(frozen=True)
 class Claim:
-    """left - right is above (>), below (<) or not distinguishable from (~) the margin."""
+    """left - factor * right is above (>), below (<) or not distinguishable from (~) the margin. Without `right` it is left alone."""
 
     text: str
     left: str
-    right: str
+    right: str | None
     metric: str
     relation: str
     margin: float = 0.0
+    factor: float = 1.0
+    right_metric: str | None = None  # where it is not `metric`: two metrics of one arm
+
+    @property
+    def sides(self) -> list[tuple[str, str]]:
+        """(arm, metric) of what is compared."""
+        both = [(self.left, self.metric)]
+        return both if self.right is None else [*both, (self.right, self.right_metric or self.metric)]
 
 
 @dataclass(frozen=True)
@@ -62,15 +74,21 @@ def parse_claim(text: str, primary: str = "top1") -> Claim:
     if match is None:
         raise _refused(f"'{text}' is not a claim", _EXAMPLES)
     found = match.groupdict()
-    metrics = {m for m in (found["left_metric"], found["right_metric"]) if m}
-    if len(metrics) > 1:
-        raise _refused(f"'{text}' compares two different metrics", "name one metric: 'pld.nll < kd.nll'")
-    if found["relation"] == "~" and found["margin"]:
+    if found["relation"] == "~" and (found["margin"] or found["number"]):
         raise _refused(f"'{text}': '~' takes no margin", "write 'pld ~ ce', or a margin on a side: 'pld > ce - 0.5'")
-    if found["left"] == found["right"]:
+    if found["number"] is not None:
+        if found["left_metric"] is None:
+            raise _refused(f"'{text}' compares with a number and names no metric", f"write '{found['left']}.{primary} > {found['number']}'")
+        return Claim(text.strip(), found["left"], None, found["left_metric"], found["relation"], float(found["number"]))
+    metrics = list(dict.fromkeys(m for m in (found["left_metric"], found["right_metric"]) if m))
+    inside = found["left"] == found["right"]  # two metrics of one arm
+    if len(metrics) > 1 and not inside:
+        raise _refused(f"'{text}' compares two different metrics", "name one metric: 'pld.nll < kd.nll'")
+    if len(metrics) < 2 and inside:
         raise _refused(f"'{text}' compares an arm with itself", _EXAMPLES)
-    margin = float((found["sign"] or "") + (found["margin"] or "0"))
-    return Claim(text.strip(), found["left"], found["right"], metrics.pop() if metrics else primary, found["relation"], margin)
+    margin, factor = float((found["sign"] or "") + (found["margin"] or "0")), float(found["factor"] or 1)
+    metric = metrics[0] if metrics else primary
+    return Claim(text.strip(), found["left"], found["right"], metric, found["relation"], margin, factor, metrics[1] if inside else None)
 
 
 def claim_problems(texts: Sequence[str], arms: Collection[str], metrics: Collection[str], primary: str = "top1") -> list[Problem]:
@@ -82,9 +100,9 @@ def claim_problems(texts: Sequence[str], arms: Collection[str], metrics: Collect
         except Refused as refused:
             problems.extend(refused.problems)
             continue
-        problems.extend(_unknown(claim, "arm", arm, arms) for arm in (claim.left, claim.right) if arm not in arms)
-        if claim.metric not in metrics:
-            problems.append(_unknown(claim, "metric", claim.metric, metrics))
+        problems.extend(_unknown(claim, "arm", arm, arms) for arm, _ in claim.sides if arm not in arms)
+        named = dict.fromkeys(metric for _, metric in claim.sides)
+        problems.extend(_unknown(claim, "metric", metric, metrics) for metric in named if metric not in metrics)
     return problems
 
 
@@ -97,13 +115,18 @@ def judge_claim(text: str, results: Results, primary: str = "top1") -> ClaimResu
     Raises `Refused` for a claim that cannot be read and for arms or metrics that the results do not have.
     """
     claim = parse_claim(text, primary)
-    arms = [arm for arm in (claim.left, claim.right) if arm not in results]
+    arms = [arm for arm, _ in claim.sides if arm not in results]
     if arms:
         raise Refused([_unknown(claim, "arm", arm, results) for arm in arms])
-    lacking = [arm for arm in (claim.left, claim.right) if claim.metric not in results[arm]]
+    lacking = [(arm, metric) for arm, metric in claim.sides if metric not in results[arm]]
     if lacking:
-        raise Refused([_unknown(claim, f"metric of {arm}", claim.metric, results[arm]) for arm in lacking])
-    gap = paired(results[claim.left][claim.metric], results[claim.right][claim.metric])
+        raise Refused([_unknown(claim, f"metric of {arm}", metric, results[arm]) for arm, metric in lacking])
+    left = results[claim.left][claim.metric]
+    if claim.right is None:
+        gap = paired(left, dict.fromkeys(left, 0.0))
+    else:
+        right = results[claim.right][claim.right_metric or claim.metric]
+        gap = paired(left, {seed: claim.factor * value for seed, value in right.items()})
     holds = _holds(claim, gap)
     return ClaimResult(claim.text, holds, gap.mean, gap.low, gap.high, gap.n, _Wording(claim, gap, primary).sentence(holds))
 
@@ -138,6 +161,8 @@ class _Wording:
         self.where = "" if claim.metric == primary else f" in {claim.metric}"
 
     def sentence(self, holds: bool | None) -> str:
+        if self.claim.right is None or self.claim.factor != 1 or self.claim.right_metric:
+            return self._general(holds)
         both = f"{self.claim.left} and {self.claim.right}"
         if math.isnan(self.low):
             return f"not shown: {self._no_interval(both)}"
@@ -146,6 +171,21 @@ class _Wording:
             return f"{both} cannot be told apart{self.where}: {stated}" if holds else f"{both} differ: {stated}"
         prefix = {True: "", False: "refuted: ", None: "not shown, too few seeds or no difference: "}[holds]
         return prefix + stated + self._asked()
+
+    def _general(self, holds: bool | None) -> str:
+        """For a metric against a number, a multiple, or another metric of the same arm: the difference is no arm's victory."""
+        claim = self.claim
+        left = f"{claim.left}.{claim.metric}"
+        if claim.right is not None:
+            times = "" if claim.factor == 1 else f"{claim.factor:g} "
+            left += f" minus {times}{claim.right}.{claim.right_metric or claim.metric}"
+        if math.isnan(self.low):
+            return f"not shown: {left} over {self.n} seed{'' if self.n == 1 else 's'} has no interval"
+        side = "above" if claim.relation == ">" else "below"
+        sign = "" if claim.right is None else "+"
+        asked = f"claimed: {side} {self._amount(claim.margin, sign)}"
+        prefix = {True: "", False: "refuted: ", None: "not shown, too few seeds or no difference: "}[holds]
+        return f"{prefix}{left} is {self._amount(self.mean, sign)} ({self._interval(self.low, self.high, sign)}); {asked}"
 
     def _no_interval(self, both: str) -> str:
         if self.n < 2:
@@ -173,7 +213,7 @@ class _Wording:
         return f"; claimed: {self.claim.left} minus {self.claim.right} {side} {self._amount(self.claim.margin, '+')}"
 
     def _interval(self, low: float, high: float, sign: str = "") -> str:
-        return f"{100 * LEVEL:g} % interval {self._number(low, sign)} to {self._number(high, sign)}, {self.n} seeds, paired"
+        return f"{100 * LEVEL:g} % interval {self._number(low, sign)} to {self._number(high, sign)}, {self.n} seeds{'' if self.claim.right is None else ', paired'}"
 
     def _amount(self, value: float, sign: str = "") -> str:
         return f"{self._number(value, sign)} {self.unit}".rstrip()

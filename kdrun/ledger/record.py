@@ -18,7 +18,7 @@ from kdrun.engine.compare import Job
 from kdrun.engine.records import write_json
 from kdrun.engine.summary import taints
 from kdrun.errors import CheckFailed, Refused
-from kdrun.evaluation.metrics import kind
+from kdrun.evaluation.metrics import KINDS, kind
 from kdrun.ledger.claims import ClaimResult, claim_problems, judge_claim, parse_claim
 from kdrun.ledger.published import lookup
 from kdrun.ledger.statistics import paired, summary
@@ -36,6 +36,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     done = list(compare.finished(list(listed)))
     primary = tree["evaluation"]["primary"]
     claims = [judge_claim(text, table, primary) for text in tree["claims"] if _answerable(text, table, primary)]
+    claimed = {metric for text in tree["claims"] for _, metric in parse_claim(text, primary).sides}
     published = lookup(tree["published"], composed.facts(), method, primary)
     measured = list(table.get(method, {}).get(primary, {}).values())
     told = kind(primary)
@@ -54,7 +55,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         "scale": tree["scale"],
         "metric": primary,
         "method": method,
-        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in (*SHOWN, primary)} for arm, metrics in table.items()},
+        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in {*SHOWN, primary, *claimed}} for arm, metrics in table.items()},
         "differences": {
             arm: dataclasses.asdict(paired(table[method][primary], table[arm][primary]))
             for arm in table
@@ -109,7 +110,8 @@ def check_claims(composed: Composed) -> None:
     """
     tree = composed.tree
     arms = {*SearchPath.of(composed.config_dirs).options("objective"), *tree["rivals"], compare.method_name(composed)}
-    metrics = instantiate(tree["evaluation"], "evaluation", allowed(tree)).names()
+    # What objectives and plans tell of themselves is known by name too.
+    metrics = [*instantiate(tree["evaluation"], "evaluation", allowed(tree)).names(), *KINDS]
     problems = claim_problems(tree["claims"], arms, metrics, tree["evaluation"]["primary"])
     if problems:
         raise Refused(problems)
@@ -152,7 +154,7 @@ def _refuse(reasons: Sequence[str]) -> None:
 def _answerable(text: str, table: Mapping[str, Any], primary: str) -> bool:
     """Whether both arms were run and have the metric: a student alone has no agreement with a teacher."""
     claim = parse_claim(text, primary)
-    return all(claim.metric in table.get(arm, ()) for arm in (claim.left, claim.right))
+    return all(metric in table.get(arm, ()) for arm, metric in claim.sides)
 
 
 def _row(by_seed: Mapping[int, float]) -> dict[str, Any]:

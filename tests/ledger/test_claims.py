@@ -39,14 +39,14 @@ def test_claims_are_read(text: str, expected: tuple[str, str, str, str, float]) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "pld", "pld >= ce", "pld > ce > kd", "pld > 3", "pld > ce * 2", "pld > ce + ", "pld. > ce", "pld > ce + 1e3", "a > b; c"]
+    "text", ["", "pld", "pld >= ce", "pld > ce > kd", "pld > ce * 2", "pld > ce + ", "pld. > ce", "pld > ce + 1e3", "a > b; c"]
 )
 def test_what_is_not_a_claim_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(Refused, match="pld > listmle"):
         parse_claim(text)
 
 
-@pytest.mark.parametrize("text", ["pld.nll < ce.top1", "pld ~ ce + 1", "pld > pld"])
+@pytest.mark.parametrize("text", ["pld.nll < ce.top1", "pld ~ ce + 1", "pld > pld", "pld > 3", "pld.top1 ~ 3", "pld.nll > pld.nll"])
 def test_claims_that_compare_nothing_sensible_are_refused(text: str) -> None:
     with pytest.raises(Refused, match=r"write|name one metric"):
         parse_claim(text)
@@ -152,3 +152,26 @@ def test_all_faults_of_a_recipes_claims_are_found_before_a_run() -> None:
     assert ["not a claim" in p.what for p in problems] == [True, False, False]
     assert "did you mean pld" in problems[1].remedy
     assert "did you mean" in problems[2].remedy
+
+
+def test_a_metric_is_held_against_a_number() -> None:
+    result = judged("ce.nll > 0.1")
+    values = list(RESULTS["ce"]["nll"].values())
+    assert result.holds is True
+    assert result.difference == pytest.approx(sum(values) / len(values))
+    assert result.sentence.startswith("ce.nll is ")
+    assert result.sentence.endswith("claimed: above 0.1000 nats")
+    assert judged("ce.nll < 0.1").holds is False
+    assert judged("ce.nll < 0.1").sentence.startswith("refuted: ")
+
+
+def test_a_metric_is_held_against_a_multiple_of_the_others() -> None:
+    assert judged("pld.nll < 0.5 ce").holds is False
+    halves = {seed: RESULTS["pld"]["nll"][seed] - 0.5 * RESULTS["ce"]["nll"][seed] for seed in RESULTS["pld"]["nll"]}
+    assert judged("pld.nll > 0.5 ce").difference == pytest.approx(sum(halves.values()) / len(halves))
+
+
+def test_two_metrics_of_one_arm_are_compared() -> None:
+    result = judged("pld.top1 > pld.nll")
+    assert result.holds is True
+    assert result.sentence.startswith("pld.top1 minus pld.nll is +")
