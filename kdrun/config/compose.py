@@ -30,7 +30,7 @@ COMMAND_LINE = "command line"
 # What a data set holds is told by its fingerprint, wherever it lies.
 LOCATION = ("path", "workers")
 # Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
-NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "scale")
+NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "method", "scale")
 
 # Groups whose keys depend on the option: each is typed by the class that it names.
 OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan")

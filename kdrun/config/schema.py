@@ -146,6 +146,7 @@ class Top:
     seed: int = 1
     run: Run = Run()
     name: str | None = None
+    method: str | None = None
     paper: Paper | None = None
     scale: Literal["bench", "paper"] = "bench"
     about: str | None = None

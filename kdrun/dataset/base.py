@@ -8,6 +8,7 @@ alone, so order, workers, ranks and resume cannot change it (law 3).
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -93,6 +94,42 @@ class Resident:
     def digest(self, into: Any) -> None:
         into.update(f"{self.transform!r} {tuple(self.inputs.shape)} {self.inputs.dtype}".encode())
         into.update(self.inputs.contiguous().numpy().data)
+
+
+@dataclass(eq=False)
+class Taken:
+    """Some rows of another storage."""
+
+    storage: Storage
+    positions: Tensor  # [N] int64 in that storage
+    prefetches: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefetches = self.storage.prefetches
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def _there(self, request: Request) -> Request:
+        return request._replace(positions=self.positions[request.positions])
+
+    def fetch(self, request: Request, device: torch.device) -> Tensor:
+        return self.storage.fetch(self._there(request), device)
+
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]:
+        asked: deque[Request] = deque()  # the answers come in order, with the other storage's positions
+
+        def translated() -> Iterator[Request]:
+            for request in requests:
+                asked.append(request)
+                yield self._there(request)
+
+        for _, inputs in self.storage.stream(translated(), device):
+            yield asked.popleft(), inputs
+
+    def digest(self, into: Any) -> None:
+        into.update(self.positions.contiguous().numpy().data)
+        self.storage.digest(into)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +224,12 @@ class Data:
         part = self.split(split)
         labels[part.ids] = part.targets
         return labels
+
+
+def taken(split: Split, positions: Tensor) -> Split:
+    """The rows of a split at `positions` [M] int64, with their ids."""
+    extra = {name: rows[positions] for name, rows in split.extra.items()}
+    return Split(Taken(split.storage, positions), split.targets[positions], split.ids[positions], extra, split.constants)
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:

@@ -22,7 +22,10 @@ from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
 from kdrun.student.taps import Tapped, model_spec
 from kdrun.student.weights import load_weights
+from kdrun.teacher.corrupted import CorruptedLive, CorruptedTruth, Corruption
+from kdrun.teacher.follower import EmaTeacher, SnapshotTeacher
 from kdrun.teacher.live import LiveTeacher, affine_between
+from kdrun.teacher.once import OnceTeacher
 from kdrun.teacher.silent import NoTeacher
 from kdrun.teacher.truth import TruthTeacher
 from kdrun.types import Context, ModelSpec, Source, Teacher
@@ -113,6 +116,15 @@ def steps_in_epoch(tree: Mapping[str, Any], data: Data) -> int:
     return per_epoch
 
 
+def build_first(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Built:
+    """`build` for the first training stage of the tree's plan."""
+    plan = instantiate(tree["plan"], "plan", allowed(tree))
+    problems = plan.problems(tree, data)
+    if problems:
+        raise Refused(problems)
+    return build(tree, plan.view(tree, data), device, ranks)
+
+
 def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
     """The bare student with its seeded initial weights, or those of student.checkpoint."""
     torch.manual_seed(rng.key(tree["seed"], "student"))
@@ -131,8 +143,14 @@ def build_teacher(
     kind = node.get("kind", "none")
     if kind == "none":
         return NoTeacher()
+    corruption = Corruption(data, node["corrupt"], node.get("seed", 0)) if node.get("corrupt") else None
     if kind == "truth":
-        return TruthTeacher(data.classes, data.input_shape, node.get("extra") or "truth_logits")
+        row = node.get("extra") or "truth_logits"
+        if corruption is not None:
+            return CorruptedTruth(corruption, data.classes, data.input_shape, row)
+        return TruthTeacher(data.classes, data.input_shape, row)
+    if kind in ("snapshot", "ema"):
+        return _follower(tree, data, kind, wanted, problems, student)
     if kind != "live":
         raise Refused(Problem(f"there is no kind of teacher named '{kind}'", "teacher.kind", "", did_you_mean(kind, TEACHER_KINDS)))
     torch.manual_seed(rng.key(node.get("seed", 0), "student"))
@@ -146,7 +164,23 @@ def build_teacher(
     affine = None
     if node.get("mean") is not None and node.get("renormalise") and not problems:
         affine = affine_between(data.mean, data.std, node["mean"], node["std"])
-    return LiveTeacher(tapped, spec, affine)
+    if corruption is not None:
+        return CorruptedLive(corruption, tapped, spec, affine)
+    return OnceTeacher(tapped, spec, affine) if data.whole else LiveTeacher(tapped, spec, affine)
+
+
+def _follower(
+    tree: Mapping[str, Any], data: Data, kind: str, wanted: tuple[str, ...], problems: list[Problem], student: nn.Module | None
+) -> Teacher:
+    """The student's own past or average, with the student's taps."""
+    assert student is not None
+    taps = tree["student"].get("taps") or {}
+    spec = _spec(student, tree["student"], data, wanted, "student", problems)
+    if spec is None:
+        return NoTeacher()  # its problems are on the list; nothing will run
+    if kind == "snapshot":
+        return SnapshotTeacher(student, spec, taps, wanted)
+    return EmaTeacher(student, spec, taps, wanted, tree["teacher"].get("decay", 0.999))
 
 
 def _spec(

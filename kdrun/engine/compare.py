@@ -12,7 +12,7 @@ import torch
 from kdrun.config.check import check
 from kdrun.config.compose import Composed, compose
 from kdrun.dataset.base import Data
-from kdrun.engine.build import build
+from kdrun.engine.build import build_first
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.records import SUMMARY, read_json, write_json
 from kdrun.errors import Problem, Refused
@@ -42,8 +42,8 @@ def arm_names(composed: Composed) -> list[str]:
 
 
 def method_name(composed: Composed) -> str:
-    """The method's short name: that of its objective, as claims and published rows write it."""
-    return composed.choices["objective"]
+    """The method's short name, as claims and published rows write it: the recipe's own, or that of the objective."""
+    return composed.tree["method"] or composed.choices["objective"]
 
 
 def jobs(composed: Composed, folder: Path) -> list[Job]:
@@ -83,7 +83,7 @@ def try_out(listed: list[Job], composed: Composed, data: Data) -> None:
     for arm, job in first.items():
         if job.composed.tree["dataset"] == composed.tree["dataset"]:
             try:
-                build(job.composed.tree, data, torch.device("cpu"), Ranks())
+                build_first(job.composed.tree, data, torch.device("cpu"), Ranks())
             except Refused as refused:
                 problems += [Problem(p.what, p.key, p.where or f"arm {arm}", p.remedy) for p in refused.problems]
     if problems:

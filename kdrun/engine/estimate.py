@@ -12,7 +12,7 @@ from torch import Tensor
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data, Request, Split
 from kdrun.engine import loop, provenance
-from kdrun.engine.build import Built, build, load_data
+from kdrun.engine.build import Built, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
@@ -72,7 +72,8 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     device = pick_device(tree["hardware"])
     set_up(tree["hardware"], device)
     data = stand_in(tree["dataset"]) or load_data(tree)
-    built = build(tree, data, device, Ranks())
+    built = build_first(tree, data, device, Ranks())
+    data = built.data
     needs = built.objective.needs()
     models = {"student": _model(built.network, data)}
     taps = {

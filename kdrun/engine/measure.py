@@ -9,7 +9,7 @@ from torch import nn
 
 from kdrun.config.compose import Composed
 from kdrun.engine import state
-from kdrun.engine.build import build, load_data
+from kdrun.engine.build import build_first, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator, teacher_score
@@ -28,7 +28,7 @@ def measure(composed: Composed, path: Path, home: Path | None, latency: bool) ->
     device = pick_device(tree["hardware"])
     set_up(tree["hardware"], device)
     data = load_data(tree)
-    built = build(tree, data, device, Ranks())
+    built = build_first(tree, data, device, Ranks())
     weights = load_student(built.network, built.learner, path)
     facts = load_known_teacher(composed, built, home)
     teacher = built.teacher if facts is not None else NoTeacher()

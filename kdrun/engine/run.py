@@ -40,11 +40,8 @@ def execute(
     plan = instantiate(tree["plan"], "plan", allowed(tree))
     session = Session(composed, data, device, ranks, reporter, resume)
     built = session.build()
-    open_source(tree, data, device, ranks)  # it has its own reasons to refuse
+    open_source(tree, built.data, device, ranks)  # it has its own reasons to refuse
     try_settings(tree["optim"], built.objective.phases)
-    problems = plan.problems(tree, data)
-    if problems:
-        raise Refused(problems)
     session.check_teacher(built)
     session.folder = folder or run_folder(composed)
     if ranks.first and not resume:

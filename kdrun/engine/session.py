@@ -11,7 +11,7 @@ import torch
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data
 from kdrun.engine import state
-from kdrun.engine.build import Built, build
+from kdrun.engine.build import Built, build, build_first
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
@@ -41,7 +41,7 @@ class Session:
 
     def build(self, tree: Mapping[str, Any] | None = None, data: Data | None = None) -> Built:
         if tree is None and data is None:
-            self._first = self._first or self._start(build(self.tree, self.data, self.device, self.ranks))
+            self._first = self._first or self._start(build_first(self.tree, self.data, self.device, self.ranks))
             return self._first
         built = build(tree or self.tree, data or self.data, self.device, self.ranks)
         try_settings(built.tree["optim"], built.objective.phases)
@@ -117,7 +117,7 @@ class Session:
         built = training.built
         training.take_best()
         student = training.exported()
-        summary = summarise(self.composed, student, training, self._teachers.get(id(built), {}), self.device, metrics or {})
+        summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {})
         summary |= facts or {}
         summary["folder"] = str(self.folder)
         if self.ranks.first:
@@ -130,6 +130,10 @@ class Session:
         self.ranks.barrier()
         return Result(self.folder, summary)
 
+    def _known(self, built: Built) -> dict[str, Any]:
+        """Facts of the stage's teacher, or, where it has none of its own, of the run's."""
+        return self._teachers.get(id(built)) or self._teachers.get(id(self._first), {})
+
     def _write_provenance(self, built: Built) -> None:
-        facts, initial = self._teachers.get(id(built), {}), self._initial.get(id(built), "")
-        write_json(self.folder / "provenance.json", provenance_of(self.composed, built, facts, initial, self.device, self.ranks))
+        initial = self._initial.get(id(built), "")
+        write_json(self.folder / "provenance.json", provenance_of(self.composed, built, self._known(built), initial, self.device, self.ranks))

@@ -84,7 +84,7 @@ def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device, ra
     """Load a given teacher's weights, measure it, hold it against what the recipe states. {} if there is none."""
     if built.teacher.spec is None:
         return {}
-    source = "the data set's posterior"
+    source = f"the data set's own rows: {tree['teacher'].get('extra') or 'truth_logits'}"
     digest = None
     if isinstance(built.teacher, LiveTeacher):
         source = str(tree["teacher"].get("checkpoint") or "pretrained weights")

@@ -213,7 +213,8 @@ class _Wording:
         return f"; claimed: {self.claim.left} minus {self.claim.right} {side} {self._amount(self.claim.margin, '+')}"
 
     def _interval(self, low: float, high: float, sign: str = "") -> str:
-        return f"{100 * LEVEL:g} % interval {self._number(low, sign)} to {self._number(high, sign)}, {self.n} seeds{'' if self.claim.right is None else ', paired'}"
+        how = "" if self.claim.right is None else ", paired"
+        return f"{100 * LEVEL:g} % interval {self._number(low, sign)} to {self._number(high, sign)}, {self.n} seeds{how}"
 
     def _amount(self, value: float, sign: str = "") -> str:
         return f"{self._number(value, sign)} {self.unit}".rstrip()

@@ -17,9 +17,8 @@ from kdrun.engine import state
 from kdrun.engine.build import build, load_data
 from kdrun.engine.device import set_up
 from kdrun.engine.distributed import Ranks
-from kdrun.engine.records import METRICS, read_lines
+from kdrun.engine.records import METRICS, STUDENT_FILE, read_lines
 from kdrun.engine.report import Reporter
-from kdrun.engine.records import STUDENT_FILE
 from kdrun.engine.run import execute
 from kdrun.engine.stage import StageRun, make_stage
 
@@ -77,6 +76,12 @@ def run_killed(overrides: Sequence[str], folder: Path, method: str, step: int, s
         killing(patch, method, step, stage, after)
         with pytest.raises(Killed):
             run(overrides, folder)
+
+
+def resume(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The rest of a run that was killed; its summary."""
+    composed = compose([*overrides, f"run.dir={folder}", f"run.root={folder.parent / 'root'}"])
+    return execute(composed, Reporter(), folder=folder, resume=True).summary
 
 
 def training_lines(folder: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,7 @@ import pytest
 
 from kdrun.config.check import check
 from kdrun.config.compose import compose
-from kdrun.engine.records import METRICS, SUMMARY, read_json
-from kdrun.engine.records import STUDENT_FILE
+from kdrun.engine.records import METRICS, STUDENT_FILE, SUMMARY, read_json
 from kdrun.engine.run import execute
 from kdrun.engine.stage import StageRun
 from kdrun.errors import Refused
