@@ -15,7 +15,7 @@ from typing import Any
 
 from kdrun.errors import Problem, Refused, did_you_mean
 
-ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers")  # top-level packages that `_target_` may name
+ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers", "torch_geometric", "diffusers")  # packages that `_target_` may name
 UNSET = (None, "", "???")
 # What the classes of a group must offer.
 MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "measure", "source": "open", "plan": "run"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrun.losses.precision import widen
+from kdrun.losses.divergence import soft_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 
@@ -26,7 +26,4 @@ class SoftCE(Objective):
         return {"soft_ce": 1.0}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        log_student = widen(output.logits).log_softmax(-1)
-        target = batch.extra[ROW].to(log_student.dtype)
-        # A class without mass adds nothing, also where the student excludes it: 0 * inf is NaN.
-        return {"soft_ce": Term(-(target * log_student.masked_fill(target == 0, 0.0)).sum(), "sample")}
+        return {"soft_ce": Term(soft_cross_entropy(output.logits, batch.extra[ROW]).sum(), "sample")}
