@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data, Request, Split
 from kdrun.engine import loop, provenance
-from kdrun.engine.build import Built, build_first, load_data
+from kdrun.engine.build import Built, allowed, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
@@ -55,9 +56,12 @@ def stand_in(node: Mapping[str, Any]) -> Data | None:
     sizes, shape, classes = node.get("sizes"), node.get("input_shape"), node.get("classes")
     if not sizes or not shape or not classes:
         return None
-    train = int(node.get("subset") or sizes["train"])
+    held = round(float(node.get("validation") or 0) * sizes["train"])
+    train = int(node.get("subset") or sizes["train"] - held)
     splits, first = {}, 0
-    for name, rows in (("train", train), ("test", int(node.get("subset_test") or sizes["test"]))):
+    for name, rows in (("train", train), ("validation", held), ("test", int(node.get("subset_test") or sizes["test"]))):
+        if not rows:
+            continue
         splits[name] = Split(_StandIn(rows, tuple(shape)), torch.arange(rows) % classes, torch.arange(first, first + rows))
         first += rows
     return Data(str(node["name"]), tuple(map(str, range(classes))), tuple(shape), tuple(node["mean"]), tuple(node["std"]), splits, first)
@@ -159,6 +163,9 @@ def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dic
     """The estimate in words."""
     steps, epochs = document["total_steps"], composed.tree["optim"]["epochs"]
     found = {"schedule": f"{epochs:g} epochs of {document['steps_per_epoch']} steps of {document['batch']} samples: {steps:,} steps"}
+    stages = instantiate(composed.tree["plan"], "plan", allowed(composed.tree)).describe()
+    if stages:
+        found["plan"] = f"{stages}; the figures here are of the first stage"
     if document["teacher_is_trained_first"]:
         found["teacher"] = "has no checkpoint: it is trained first by the same loop (once, then kept)"
     if "memory_bytes" in document:

@@ -82,6 +82,10 @@ class Plan:
         """What does not fit, found before anything is spent."""
         return []
 
+    def describe(self) -> str:
+        """How many stages it makes, in words for `kdrun plan`; "" for one student trained once."""
+        return ""
+
     def view(self, tree: Mapping[str, Any], data: Data) -> Data:
         """The data as the first training stage sees it; `session.data` is all of it."""
         return data

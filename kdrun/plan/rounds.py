@@ -55,6 +55,9 @@ class Rounds(Plan):
         if self.acquisition == "coreset" and self.feature is None:
             raise ValueError("acquisition=coreset needs plan.feature, a tap of the student such as f1 or pooled")
 
+    def describe(self) -> str:
+        return f"{self.rounds + 1} students: on the labelled rows, then after each of {self.rounds} rounds of {self.budget} queries"
+
     def problems(self, tree: Mapping[str, Any], data: Data) -> list[Problem]:
         found = []
         pool = len(data.split("train")) - int(known_rows(data, self.labelled, tree["seed"]).sum())
