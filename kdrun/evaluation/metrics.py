@@ -20,6 +20,8 @@ class MetricKind:
 
 
 _TOP_K = re.compile(r"top[1-9]\d*")
+_CLASS_IOU = re.compile(r"iou_\w+")
+_RANK_CORRELATION = re.compile(r"(?:tau|rho)_(?:mr|ms|sum|parameters|depth|vanilla)")
 
 KINDS: dict[str, MetricKind] = {
     "teacher_top1": MetricKind("percent", True),
@@ -27,7 +29,36 @@ KINDS: dict[str, MetricKind] = {
     "pair_order": MetricKind("percent", True),
     "ece": MetricKind("percent", False),
     "nll": MetricKind("nats", False),
+    "aurc": MetricKind("thousandths", False),
+    "e_aurc": MetricKind("thousandths", False),
     "kl_teacher": MetricKind("nats", False),
+    "ua": MetricKind("percent", True),
+    "override_rate": MetricKind("percent", True),
+    "kept_accuracy": MetricKind("percent", True),
+    "kept_sw": MetricKind("", False),
+    "mode_balance": MetricKind("percent", True),
+    "calls": MetricKind("calls", False),
+    "fid": MetricKind("", False),
+    "edge_kl": MetricKind("nats", False),
+    "neighbour_cosine": MetricKind("", True),
+    "miou": MetricKind("percent", True),
+    "pixel_accuracy": MetricKind("percent", True),
+    "diversity": MetricKind("", False),
+    "diversity_start": MetricKind("", False),
+    "moved_channel": MetricKind("", True),
+    "moved_spatial": MetricKind("", True),
+    "alpha_corrupted": MetricKind("", False),
+    "alpha_noisy": MetricKind("", True),
+    "alpha_clean": MetricKind("", True),
+    "alpha_gap": MetricKind("", True),
+    "filter_precision": MetricKind("percent", True),
+    "filter_recall": MetricKind("percent", True),
+    "filter_seconds": MetricKind("s", False),
+    "bytes_up": MetricKind("bytes", False),
+    "bytes_down": MetricKind("bytes", False),
+    "correct_share": MetricKind("percent", True),  # of a teacher's answers, those that name the true class
+    "support_share": MetricKind("percent", True),  # of a pool, what could have been drawn
+    **{f"top1_{pick}": MetricKind("percent", True) for pick in ("picked", "largest", "random", "best")},
     "parameters": MetricKind("parameters", False),
     "flops": MetricKind("FLOPs", False),
     "latency_ms": MetricKind("ms", False),
@@ -36,6 +67,8 @@ KINDS: dict[str, MetricKind] = {
 
 def kind(name: str) -> MetricKind | None:
     """The kind of a metric, None for a name that kdrun does not know (its direction must then not be guessed)."""
-    if _TOP_K.fullmatch(name):
+    if _TOP_K.fullmatch(name) or _CLASS_IOU.fullmatch(name):
         return MetricKind("percent", True)
+    if _RANK_CORRELATION.fullmatch(name):
+        return MetricKind("", True)
     return KINDS.get(name)
