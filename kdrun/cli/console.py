@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,9 @@ def count(number: float) -> str:
 
 def print_json(value: Any) -> None:
     """One machine-readable object on standard output."""
-    print(json.dumps(value, indent=2, default=str))
+    from kdrun.strict_json import to_json
+
+    print(to_json(value, indent=2))
 
 
 def complain(error: KdrunError) -> None:

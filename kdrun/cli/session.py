@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kdrun.cli.console import out, print_json
 from kdrun.cli.view import make_reporter
 from kdrun.config.compose import Composed
-from kdrun.engine.records import CONFIG, ORIGIN, open_folder, run_folder
+from kdrun.engine.records import ORIGIN, held, open_folder, run_folder
 from kdrun.engine.report import Reporter
-from kdrun.errors import EXIT_STOPPED, CheckFailed, KdrunError, Refused
+from kdrun.errors import EXIT_STOPPED, KdrunError
 from kdrun.hardware.launch import launch
 
 
@@ -50,9 +50,8 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
     listed = compare.jobs(composed, folder)
     # One process and one data set for all arms that agree on it; ranks and clusters load their own.
     data = load_data(composed.tree) if composed.tree["hardware"]["kind"] == "local" else None
-    if data is not None:
-        compare.try_out(listed, composed, data)
-    with _nothing_left(folder) if not resume else nullcontext():
+    compare.try_out(listed, composed, data)
+    with held(folder, fresh=not resume):
         if not resume:
             open_folder(folder, composed)
         for number, job in enumerate(listed, 1):
@@ -65,28 +64,12 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
                 launch(job.composed, reporter, job.folder, resume=(job.folder / ORIGIN).is_file(), data=data if same else None)
             compare.write_comparison(folder, listed)
             reporter.brief = True
-    document = assess(composed, listed, folder)
-    write_json(folder / SUMMARY, document)
+        document = assess(composed, listed, folder)
+        write_json(folder / SUMMARY, document)
     if composed.tree["run"]["ledger"]:
         written = write_record(composed, document)
         reporter.note(f"ledger record: {written}")
     return read_json(folder / SUMMARY)
-
-
-@contextmanager
-def _nothing_left(folder: Path) -> Iterator[None]:
-    """Take a comparison's folder away again if its first run is refused, so that a mended command line may use the name."""
-    created = [p for p in (folder, *folder.parents) if not p.exists()]
-    try:
-        yield
-    except (Refused, CheckFailed):
-        if not (folder / "arms").exists():
-            for name in (CONFIG, ORIGIN):
-                (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # of another run by now
-                for path in created:
-                    path.rmdir()
-        raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kdrun.config import schema
 from kdrun.config.compose import Composed
 from kdrun.config.rules import cross_checks
-from kdrun.config.targets import ALLOWED, component
+from kdrun.config.targets import ALLOWED, UNSET, component
 from kdrun.errors import Problem, Refused, did_you_mean
 
 
@@ -33,6 +33,9 @@ def check(composed: Composed, build: bool = True) -> None:
     for group in ("dataset", "objective", "evaluation", "source", "plan") if build else ():
         if group not in wrong:
             found.signature(composed.tree.get(group), group)
+    for group, keys in (("teacher", schema.TeacherKeys), ("student", schema.StudentKeys)) if build else ():
+        if group not in wrong:
+            found.network(composed.tree.get(group), keys, group)
     if build and "optim" not in wrong:
         found.optimiser(composed.tree["optim"]["name"])
     problems = [*composed.problems, *found.problems]
@@ -176,6 +179,24 @@ class _Findings:
             except Refused as refused:
                 for p in refused.problems:
                     self.add(p.what, p.key, p.remedy)
+
+
+    def network(self, node: Any, keys: type, group: str) -> None:
+        """Hold a network's own arguments against the types of its signature. What it does not know, lacks or refuses is said when it is
+        built: only then are the data's classes and channels known."""
+        if not isinstance(node, Mapping) or node.get("_target_") in UNSET:
+            return
+        from kdrun.student.build import argument_types, resolve
+
+        try:
+            target = resolve(node["_target_"], self.allowed, f"{group}._target_")
+        except Refused as refused:
+            for p in refused.problems:
+                self.add(p.what, p.key, p.remedy)
+            return
+        hints = argument_types(target)
+        for key in node.keys() & hints.keys() - get_type_hints(keys).keys():
+            self.value(node[key], hints[key], f"{group}.{key}")
 
 
 def settings_of(target: type) -> dict[str, Any]:

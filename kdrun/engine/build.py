@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kdrun.dataset.base import Data
 from kdrun.engine.device import channels_last
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
+from kdrun.engine.records import STUDENT_FILE
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
@@ -82,7 +84,7 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     problems: list[Problem] = []
     # On its device first: a teacher that follows the student copies it there.
     network = synchronised(build_student_network(tree, data), device, ranks).to(device)
-    student_spec = _spec(network, tree["student"], data, needs.student_taps, "student", problems)
+    student_spec = _spec(tree, network, "student", data, _asked(tree, "student", needs.student_taps), problems)
     teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
     _check_needs(tree, data, objective, teacher, problems)
     if problems or student_spec is None:
@@ -125,6 +127,25 @@ def build_first(tree: Mapping[str, Any], data: Data, device: torch.device, ranks
     return build(tree, plan.view(tree, data), device, ranks)
 
 
+def given_weights(tree: Mapping[str, Any]) -> dict[str, Path]:
+    """The files of weights that a configuration names, by key; of another run's folder its student."""
+    teacher = tree["teacher"].get("checkpoint") if tree["teacher"].get("kind") == "live" else None
+    files = {"student.checkpoint": tree["student"].get("checkpoint"), "teacher.checkpoint": teacher}
+    found = {key: Path(file) for key, file in files.items() if file}
+    if tree["plan"].get("start_from"):
+        start = Path(tree["plan"]["start_from"])
+        found["plan.start_from"] = start / STUDENT_FILE if start.is_dir() else start
+    return found
+
+
+def start_from(built: Built) -> Built:
+    """A new run that begins with another run's student (not a resume: optimiser and data start anew)."""
+    file = given_weights(built.tree).get("plan.start_from")
+    if file is not None:
+        load_weights(built.network, file, key="plan.start_from")
+    return built
+
+
 def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
     """The bare student with its seeded initial weights, or those of student.checkpoint."""
     torch.manual_seed(rng.key(tree["seed"], "student"))
@@ -157,7 +178,7 @@ def build_teacher(
     classes = node.get("classes") or data.classes
     module = build_network(node, classes, data.input_shape, allowed=allowed(tree), reserved=TEACHER_KEYS, key="teacher")
     problems += list(_teacher_contract(node, data))
-    spec = _spec(module, node, data, wanted, "teacher", problems)
+    spec = _spec(tree, module, "teacher", data, _asked(tree, "teacher", wanted), problems)
     if spec is None:
         return NoTeacher()  # its problems are on the list; nothing will run
     tapped = Tapped(module, node.get("taps") or {}, wanted, "teacher.taps")
@@ -175,7 +196,7 @@ def _follower(
     """The student's own past or average, with the student's taps."""
     assert student is not None
     taps = tree["student"].get("taps") or {}
-    spec = _spec(student, tree["student"], data, wanted, "student", problems)
+    spec = _spec(tree, student, "student", data, _asked(tree, "teacher", wanted), problems)
     if spec is None:
         return NoTeacher()  # its problems are on the list; nothing will run
     if kind == "snapshot":
@@ -183,12 +204,23 @@ def _follower(
     return EmaTeacher(student, spec, taps, wanted, tree["teacher"].get("decay", 0.999))
 
 
+def _asked(tree: Mapping[str, Any], who: str, wanted: tuple[str, ...]) -> dict[str, str]:
+    """The taps that an objective wants of the student or teacher (`who`), and where each is named: by a field of the objective, such as
+    student_tap or teacher_taps, or else among the network's own."""
+    named: dict[str, str] = {}
+    for key, value in tree["objective"].items():
+        if key.startswith(who):
+            named |= {str(tap): f"objective.{key}" for tap in (value if isinstance(value, list) else [value])}
+    return {tap: named.get(tap, f"{who}.taps") for tap in wanted}
+
+
 def _spec(
-    network: nn.Module, node: Mapping[str, Any], data: Data, wanted: tuple[str, ...], who: str, problems: list[Problem]
+    tree: Mapping[str, Any], network: nn.Module, who: str, data: Data, asked: Mapping[str, str], problems: list[Problem]
 ) -> ModelSpec | None:
-    """The outside of a network on this data, or None with the reasons on the list."""
+    """The outside of a network on this data with the taps that are asked for, or None with the reasons on the list."""
+    node = tree[who]
     try:
-        spec = model_spec(network, data.input_shape, node.get("taps") or {}, wanted, f"{who}.taps")
+        spec = model_spec(network, data.input_shape, node.get("taps") or {}, list(asked), f"{who}.taps", asked)
     except Refused as refused:
         problems += refused.problems
         return None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdrun.config.check import check
-from kdrun.config.compose import Composed, compose
+from kdrun.config.check import check, located, origin_of
+from kdrun.config.compose import COMMAND_LINE, Composed, compose
 from kdrun.dataset.base import Data
-from kdrun.engine.build import build_first
+from kdrun.engine.build import build_first, given_weights, start_from
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.records import SUMMARY, read_json, write_json
+from kdrun.engine.teaching import load_checkpoint
 from kdrun.errors import Problem, Refused
+from kdrun.strict_json import metrics_of
+from kdrun.student.statefile import read_state
 
 COMPARISON = "comparison.json"
 
@@ -55,37 +58,57 @@ def jobs(composed: Composed, folder: Path) -> list[Job]:
     problems: list[Problem] = []
     for seed in seeds:
         for arm in arm_names(composed):
-            extra = [] if arm == method_name(composed) else list(composed.tree["rivals"][arm])
             try:
-                found.append(Job(arm, seed, _arm(composed, extra, seed), folder / "arms" / arm / f"seed-{seed}"))
+                found.append(Job(arm, seed, _arm(composed, arm, seed), folder / "arms" / arm / f"seed-{seed}"))
             except Refused as refused:
-                problems += [Problem(p.what, p.key, p.where or f"rivals.{arm}", p.remedy) for p in refused.problems if seed == seeds[0]]
+                problems += [replace(p, where=p.where or f"rivals.{arm}") for p in refused.problems if seed == seeds[0]]
     if problems:
         raise Refused(problems)
     return found
 
 
-def _arm(composed: Composed, extra: list[str], seed: int) -> Composed:
+def _arm(composed: Composed, arm: str, seed: int) -> Composed:
+    """The configuration of an arm, checked. What a rival says of itself is composed as if the command line had said it; its origins
+    and problems name the line of the recipe."""
+    extra = [] if arm == method_name(composed) else list(composed.tree["rivals"][arm])
+    keys = [e.lstrip("+~").partition("=")[0] for e in extra]
+    place = origin_of(composed, f"rivals.{arm}")
+
+    def placed(key: str, origin: str) -> str:
+        its_own = key in extra or any(key == k or key.startswith(f"{k}.") for k in keys)
+        return f"{place} (rivals.{arm})" if its_own and origin == COMMAND_LINE != place else origin
+
     # A group that the rival chooses for itself is its own: the command line's choice and settings of it are the method's.
-    groups = {e.partition("=")[0] for e in extra}
+    groups = set(keys)
     own = [o for o in composed.overrides if o.lstrip("+~").partition("=")[0].split(".")[0] not in groups]
     fixed = [f"seed={seed}", "run.rivals=false", "run.seeds=null", "run.dir=null", "run.ledger=false"]
     own = [o for o in own if o.partition("=")[0] not in {f.partition("=")[0] for f in fixed}]
-    arm = compose([*own, *extra, *fixed], composed.config_dirs, default_recipe=composed.recipe)
-    check(arm)
-    return arm
+    try:
+        found = compose([*own, *extra, *fixed], composed.config_dirs, default_recipe=composed.recipe)
+        found.origins = {key: placed(key, origin) for key, origin in found.origins.items()}
+        check(found)
+    except Refused as refused:
+        raise Refused([replace(p, where=placed(p.key, p.where)) for p in refused.problems]) from refused
+    return found
 
 
-def try_out(listed: list[Job], composed: Composed, data: Data) -> None:
-    """Build every arm once and throw it away: what cannot fit together is refused before the first arm has cost anything."""
+def try_out(listed: list[Job], composed: Composed, data: Data | None) -> None:
+    """Build every arm once, with the weights that it names, and throw it away: what cannot fit together is refused before the first
+    arm has cost anything. Of an arm whose data are not at hand (`data` None, or its data set another) the weights' files are read."""
     problems: list[Problem] = []
     first = {job.arm: job for job in reversed(listed)}
     for arm, job in first.items():
-        if job.composed.tree["dataset"] == composed.tree["dataset"]:
-            try:
-                build_first(job.composed.tree, data, torch.device("cpu"), Ranks())
-            except Refused as refused:
-                problems += [Problem(p.what, p.key, p.where or f"arm {arm}", p.remedy) for p in refused.problems]
+        tree = job.composed.tree
+        try:
+            with located(job.composed):
+                if data is not None and tree["dataset"] == composed.tree["dataset"]:
+                    built = build_first(tree, data, torch.device("cpu"), Ranks())
+                    load_checkpoint(tree, start_from(built))
+                else:
+                    for key, file in given_weights(tree).items():
+                        read_state(file, key)
+        except Refused as refused:
+            problems += [replace(p, where=p.where or f"arm {arm}") for p in refused.problems]
     if problems:
         raise Refused(problems)
 
@@ -94,10 +117,9 @@ def results(listed: list[Job]) -> dict[str, dict[str, dict[int, float]]]:
     """arm -> metric -> seed -> value, of the runs that are done. The primary metric is the one by protocol."""
     table: dict[str, dict[str, dict[int, float]]] = {}
     for job, summary in finished(listed):
-        metrics = {**(summary["test"] or {}), summary["metric"]: summary["value"]}
-        for metric, value in metrics.items():
-            if isinstance(value, (int, float)):  # NaN too: a run that diverged is not left out
-                table.setdefault(job.arm, {}).setdefault(metric, {})[job.seed] = value
+        # NaN too: a run that diverged is not left out.
+        for metric, value in metrics_of({**(summary["test"] or {}), summary["metric"]: summary["value"]}).items():
+            table.setdefault(job.arm, {}).setdefault(metric, {})[job.seed] = value
     return table
 
 

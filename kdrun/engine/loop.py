@@ -208,10 +208,16 @@ def stop_if_not_finite(
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     ids = [int(i) for batch in group for i in batch.ids]
     what = f"term{'s' if len(bad) > 1 else ''} {', '.join(bad)}" if bad else "the gradient (every term is finite)"
-    bundle = {"stage": stage.name, "step": stage.step + 1, "phase": phase, "terms": values, "grad_norm": float(grad_norm), "ids": ids}
+    terms, norm = {name: _told(value) for name, value in values.items()}, _told(float(grad_norm))
+    bundle = {"stage": stage.name, "step": stage.step + 1, "phase": phase, "terms": terms, "grad_norm": norm, "ids": ids}
     shown = ", ".join(map(str, ids[:6])) + (", ..." if len(ids) > 6 else "")
     where = f"step {stage.step + 1} of {stage.name}, phase {phase}"
     raise NotFinite(f"not finite at {where}: {what}; batch of {len(ids)} samples, ids {shown}. The update was not made.", bundle)
+
+
+def _told(value: float) -> float | str:
+    """As a text where it is not finite: JSON has no number for it."""
+    return value if math.isfinite(value) else str(value)
 
 
 def assert_healthy(stage: Stage) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from kdrun.config.compose import Composed
-from kdrun.errors import Problem, Refused
+from kdrun.errors import CheckFailed, Problem, Refused
+from kdrun.strict_json import to_json
 
 STUDENT_FILE = "student.safetensors"
 CONFIG, ORIGIN, METRICS, TIMING, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json"
+LOCK = ".lock"  # is there while a process works in the folder
 
 
 def run_folder(composed: Composed) -> Path:
@@ -23,8 +27,9 @@ def run_folder(composed: Composed) -> Path:
     run = composed.tree["run"]
     if run["dir"]:
         folder = Path(run["dir"]).expanduser()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            remedy = f"kdrun resume {folder} goes on with it; another run.dir starts anew"
+        if folder.exists() and (not folder.is_dir() or any(p.name != LOCK for p in folder.iterdir())):
+            a_run = (folder / ORIGIN).is_file()
+            remedy = f"kdrun resume {folder} goes on with it; another run.dir starts anew" if a_run else "choose another run.dir"
             raise Refused(Problem("the run folder exists already and is not empty", "run.dir", str(folder), remedy))
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -50,10 +55,49 @@ def must_be_writable(folder: Path) -> None:
         )
 
 
+@contextmanager
+def held(folder: Path, fresh: bool) -> Iterator[None]:
+    """Work in a run's folder, which is made, as the only process. The lock is the system's: it ends with its process, however that ends.
+
+    A `fresh` folder is taken away again where the run is refused, or a check fails, with nothing but its configuration in it.
+    Raises `Refused` where another process works there, or the folder cannot be written.
+    """
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    lock = FileLock(str(folder / LOCK))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        remedy = f"wait until it ends or stop it, then: kdrun resume {folder}"
+        raise Refused(Problem("another process works in this run folder", "run.dir", str(folder), remedy)) from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    except (Refused, CheckFailed):
+        if fresh:
+            _take_away(folder, made)
+        raise
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)  # before the release: the file is still this process's own
+        lock.release()
+
+
+def _take_away(folder: Path, made: Sequence[Path]) -> None:
+    configuration = {CONFIG, ORIGIN, LOCK}
+    if {p.name for p in folder.iterdir()} <= configuration:
+        for name in configuration:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # of another run by now
+            for path in made:
+                path.rmdir()
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write whole or not at all."""
     part = file.with_suffix(file.suffix + ".part")
-    part.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    part.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
     os.replace(part, file)
 
 
@@ -68,9 +112,11 @@ def open_folder(folder: Path, composed: Composed) -> None:
         (folder / CONFIG).write_text(yaml.safe_dump(composed.tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(folder / ORIGIN, to_document(composed))
     except OSError as error:
-        raise Refused(
-            Problem(f"the run folder cannot be written ({error.strerror})", "run.dir", str(folder), "choose another run.dir")
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> Refused:
+    return Refused(Problem(f"the run folder cannot be written ({error.strerror})", "run.dir", str(folder), "choose another run.dir"))
 
 
 def to_document(composed: Composed) -> dict[str, Any]:
@@ -121,7 +167,7 @@ class MetricsFile:
     def _append(self, file: Path, record: Mapping[str, Any]) -> None:
         if self.active:
             with open(file, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+                handle.write(to_json(record) + "\n")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

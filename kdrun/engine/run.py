@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from kdrun.engine.build import Built, allowed, load_data, open_source
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import try_settings
-from kdrun.engine.records import open_folder, run_folder
+from kdrun.engine.records import held, open_folder, run_folder
 from kdrun.engine.report import Reporter
 from kdrun.engine.session import Session
 from kdrun.engine.stage import Stopped
@@ -31,8 +32,8 @@ def execute(
     ranks: Ranks | None = None,
     data: Data | None = None,
 ) -> Result:
-    """Run one configuration to its end. Raises `Refused` before anything is written, `CheckFailed` if the teacher is not
-    what it is said to be, `Stopped` after a signal, `NotFinite` before a bad update."""
+    """Run one configuration to its end. Raises `Refused` before anything is written, also where another process works in the
+    folder; `CheckFailed` if the teacher is not what it is said to be, `Stopped` after a signal, `NotFinite` before a bad update."""
     tree, ranks = composed.tree, ranks or Ranks()
     device = pick_device(tree["hardware"], ranks.local_rank)
     set_up(tree["hardware"], device)
@@ -44,11 +45,12 @@ def execute(
     try_settings(tree["optim"], built.objective.phases)
     session.check_teacher(built)
     session.folder = folder or run_folder(composed)
-    if ranks.first and not resume:
-        open_folder(session.folder, composed)
-    ranks.barrier()
-    reporter.run_started(title(composed), session.folder, facts(composed, built, device))
-    return plan.run(session)
+    with held(session.folder, fresh=not resume) if ranks.first else nullcontext():
+        if ranks.first and not resume:
+            open_folder(session.folder, composed)
+        ranks.barrier()
+        reporter.run_started(title(composed), session.folder, facts(composed, built, device))
+        return plan.run(session)
 
 
 def title(composed: Composed) -> str:

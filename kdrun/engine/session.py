@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,21 @@ import torch
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data
 from kdrun.engine import state
-from kdrun.engine.build import Built, build, build_first
+from kdrun.engine.build import Built, build, build_first, start_from
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
 from kdrun.engine.records import STUDENT_FILE, SUMMARY, write_json
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import StageRun, make_stage
-from kdrun.engine.summary import Result, provenance_of, summarise, teacher_line
+from kdrun.engine.summary import Result, conclude, provenance_of, summarise, teacher_line
 from kdrun.engine.teaching import check_stage, load_teacher, train_teacher
 from kdrun.errors import CheckFailed
 from kdrun.plan.single import teacher_stage
-from kdrun.student.weights import load_weights, save_student, sha256_of
+from kdrun.student.weights import save_student, sha256_of
 from kdrun.teacher.live import LiveTeacher
 
+PROVENANCE = "provenance.json"
 KEPT = "kept"  # the folder of what stages without an optimiser made
 
 
@@ -37,23 +39,17 @@ class Session:
         self.folder = Path()
         self._first: Built | None = None
         self._teachers: dict[int, dict[str, Any]] = {}  # facts by the id of the parts
+        self._stages: list[StageRun] = []
+        self._began = time.perf_counter(), time.process_time()
         self._initial: dict[int, str] = {}  # checksums of students before step 0, of teachers before a stage
 
     def build(self, tree: Mapping[str, Any] | None = None, data: Data | None = None) -> Built:
         if tree is None and data is None:
-            self._first = self._first or self._start(build_first(self.tree, self.data, self.device, self.ranks))
+            self._first = self._first or start_from(build_first(self.tree, self.data, self.device, self.ranks))
             return self._first
         built = build(tree or self.tree, data or self.data, self.device, self.ranks)
         try_settings(built.tree["optim"], built.objective.phases)
-        return self._start(built)
-
-    def _start(self, built: Built) -> Built:
-        """A new run that begins with another run's student (not a resume: optimiser and data start anew)."""
-        wanted = built.tree["plan"].get("start_from")
-        if wanted:
-            path = Path(wanted)
-            load_weights(built.network, path / STUDENT_FILE if path.is_dir() else path, key="plan.start_from")
-        return built
+        return start_from(built)
 
     def check_teacher(self, built: Built) -> None:
         """Refuse what the teacher's training would refuse; load and measure a given teacher. Nothing is written."""
@@ -88,6 +84,7 @@ class Session:
                 self._write_provenance(built)
         self.ranks.barrier()
         run = StageRun(tree or built.tree, built, stage, folder, self.reporter, self.folder)
+        self._stages.append(run)
         run.begin(self.resume and (name is None or (folder / "checkpoints").is_dir()))
         return run
 
@@ -117,11 +114,10 @@ class Session:
         built = training.built
         training.take_best()
         student = training.exported()
-        summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {})
-        summary |= facts or {}
-        summary["folder"] = str(self.folder)
+        summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {}, self._spent())
+        summary |= {**(facts or {}), "folder": str(self.folder)}
         if self.ranks.first:
-            if not (self.folder / "provenance.json").is_file():
+            if not (self.folder / PROVENANCE).is_file():
                 self._write_provenance(built)
             save_student(student, self.folder / STUDENT_FILE, {"recipe": str(self.composed.recipe), "config_hash": self.composed.hash()})
             plot_curves(training.folder)
@@ -130,10 +126,25 @@ class Session:
         self.ranks.barrier()
         return Result(self.folder, summary)
 
+    def conclude(self, built: Built, metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> Result:
+        """The summary of a plan that trains nothing: no student is written. `metrics` holds the evaluation's primary one."""
+        spent = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        summary = conclude(self.composed, built.evaluation, metrics, spent, self.device) | {**(facts or {}), "folder": str(self.folder)}
+        if self.ranks.first:
+            self._write_provenance(built)
+            write_json(self.folder / SUMMARY, summary)
+        self.ranks.barrier()
+        return Result(self.folder, summary)
+
+    def _spent(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) of all stages of the run."""
+        each = [stage.spent() for stage in self._stages]
+        return sum(s for s, _ in each), sum(c for _, c in each)
+
     def _known(self, built: Built) -> dict[str, Any]:
         """Facts of the stage's teacher, or, where it has none of its own, of the run's."""
         return self._teachers.get(id(built)) or self._teachers.get(id(self._first), {})
 
     def _write_provenance(self, built: Built) -> None:
         initial = self._initial.get(id(built), "")
-        write_json(self.folder / "provenance.json", provenance_of(self.composed, built, self._known(built), initial, self.device, self.ranks))
+        write_json(self.folder / PROVENANCE, provenance_of(self.composed, built, self._known(built), initial, self.device, self.ranks))

@@ -113,9 +113,10 @@ def wrap(
         if hasattr(built.teacher, "forward"):
             built.teacher.forward = torch.compile(built.teacher.forward)
     if ranks.world > 1:
-        several = len(built.objective.phases) > 1  # then no phase gives every parameter a gradient
+        # No phase of several gives every parameter a gradient, and neither does a step in which a connector's term has no weight.
+        partial = len(built.objective.phases) > 1 or len(built.learner.connectors) > 0
         forward = DistributedDataParallel(
-            forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=several
+            forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=partial
         )
     return forward
 

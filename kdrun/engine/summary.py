@@ -20,6 +20,8 @@ from kdrun.engine.stage import StageRun
 from kdrun.evaluation import cost
 from kdrun.evaluation.protocol import reported
 
+OF_THE_PLAN = "of the whole plan"
+
 
 @dataclass(frozen=True)
 class Result:
@@ -44,16 +46,52 @@ def summarise(
     teacher_facts: Mapping[str, Any],
     device: torch.device,
     metrics: Mapping[str, float] | None = None,
+    spent: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """The run in one object: the number by its protocol, all metrics, what it cost."""
+    """The run in one object: the number by its protocol, all metrics, what it cost.
+
+    `metrics` are a plan's own and count before those of its last stage; `spent` is (seconds, CPU seconds) of all its stages.
+    """
     evaluation, shown = run.built.evaluation, shown_epoch(run)
     value, how = reported(run.history, evaluation.protocol, evaluation.primary, evaluation.last_k, evaluation.ties)
     metrics = metrics or {}
-    if evaluation.primary in metrics:  # a plan's own number counts before its last stage's
-        value, how = metrics[evaluation.primary], "of the whole plan"
+    if evaluation.primary in metrics:
+        value, how = metrics[evaluation.primary], OF_THE_PLAN
+    return {
+        **identity(composed, evaluation, value, how),
+        "test": {**(shown["test"] or {}), **metrics},
+        "validation": shown["validation"],
+        "test_reads": run.evaluator.reads.get("test", 0),
+        "teacher": dict(teacher_facts),
+        "steps": run.stage.step,
+        "epochs": run.stage.step / run.built.steps_per_epoch,
+        "cost": {**cost_in_time(spent or run.spent(), device), "images_per_s": run.rate},
+        "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
+    }
+
+
+def conclude(
+    composed: Composed, evaluation: Any, metrics: Mapping[str, float], spent: tuple[float, float], device: torch.device
+) -> dict[str, Any]:
+    """The same of a plan that trained nothing: its metrics are all there is."""
+    return {
+        **identity(composed, evaluation, metrics[evaluation.primary], OF_THE_PLAN),
+        "test": dict(metrics),
+        "validation": None,
+        "test_reads": 0,
+        "teacher": {},
+        "steps": 0,
+        "epochs": 0.0,
+        "cost": {**cost_in_time(spent, device), "images_per_s": None},
+        "student": {},
+    }
+
+
+def identity(composed: Composed, evaluation: Any, value: float, how: str) -> dict[str, Any]:
+    """Which run, and its number."""
     return {
         "recipe": composed.recipe,
-        "folder": str(run.folder),
+        "folder": "",
         "choices": composed.choices,
         "seed": composed.tree["seed"],
         "config_hash": composed.hash(),
@@ -61,23 +99,14 @@ def summarise(
         "value": value,
         "protocol": evaluation.protocol,
         "how": how,
-        "test": {**(shown["test"] or {}), **metrics},
-        "validation": shown["validation"],
-        "test_reads": run.evaluator.reads.get("test", 0),
-        "teacher": dict(teacher_facts),
         "tainted": taints(composed),
-        "steps": run.stage.step,
-        "epochs": run.stage.step / run.built.steps_per_epoch,
-        "cost": {
-            "seconds": run.spent()[0],
-            "cpu_seconds": run.spent()[1],
-            "images_per_s": run.rate,
-            "peak_memory_bytes": peak_memory_bytes(device),
-            "hardware": provenance.hardware(device),
-        },
-        "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def cost_in_time(spent: tuple[float, float], device: torch.device) -> dict[str, Any]:
+    memory, hardware = peak_memory_bytes(device), provenance.hardware(device)
+    return {"seconds": spent[0], "cpu_seconds": spent[1], "peak_memory_bytes": memory, "hardware": hardware}
 
 
 def shown_epoch(run: StageRun) -> dict[str, Any]:

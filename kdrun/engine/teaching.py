@@ -21,6 +21,7 @@ from kdrun.engine.stage import StageRun, make_stage
 from kdrun.engine.summary import summarise
 from kdrun.errors import CheckFailed, Problem, Refused, did_you_mean
 from kdrun.plan.single import StageSpec
+from kdrun.strict_json import metrics_of
 from kdrun.student.weights import load_weights, save_student, sha256_of
 from kdrun.teacher.live import LiveTeacher
 
@@ -70,14 +71,14 @@ def train_teacher(
             trained = run.exported()
             if ranks.first:
                 save_student(trained, folder / STUDENT_FILE, {"config_hash": sub.hash()})
-                write_json(folder / SUMMARY, summarise(sub, trained, run, {}, device))
+                write_json(folder / SUMMARY, {**summarise(sub, trained, run, {}, device), "folder": str(folder)})
             ranks.barrier()
     finally:
         if ranks.first:
             lock.release()
     load_weights(built.teacher.module, folder / STUDENT_FILE)
     summary = read_json(folder / SUMMARY)
-    return checked_claim(composed.tree, {"from": str(folder), "sha256": sha256_of(built.teacher.module), **summary["test"]})
+    return checked_claim(composed.tree, {"from": str(folder), "sha256": sha256_of(built.teacher.module), **metrics_of(summary["test"])})
 
 
 def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks) -> dict[str, Any]:
@@ -88,11 +89,17 @@ def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device, ra
     digest = None
     if isinstance(built.teacher, LiveTeacher):
         source = str(tree["teacher"].get("checkpoint") or "pretrained weights")
-        if tree["teacher"].get("checkpoint"):
-            load_weights(built.teacher.module, source, tree["teacher"].get("rename") or (), key="teacher.checkpoint")
+        load_checkpoint(tree, built)
         digest = sha256_of(built.teacher.module)
     measured = teacher_score(built.data, built.evaluation, built.teacher, device, ranks)
     return checked_claim(tree, {"from": source, "sha256": digest, **measured})
+
+
+def load_checkpoint(tree: Mapping[str, Any], built: Built) -> None:
+    """Put the weights of teacher.checkpoint, if it is set, into the built teacher. Raises `Refused` where the file or its fit is wrong."""
+    node = tree["teacher"]
+    if isinstance(built.teacher, LiveTeacher) and node.get("checkpoint"):
+        load_weights(built.teacher.module, node["checkpoint"], node.get("rename") or (), key="teacher.checkpoint")
 
 
 def checked_claim(tree: Mapping[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Evaluation of a classifier: accuracy, calibration, and fidelity to the teacher.
 
-Calibration error: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv 1706.04599, eq. 3.
+Calibration error and selective risk: `kdrun.evaluation.calibration`.
 Agreement and KL to the teacher: Stanton et al., "Does Knowledge Distillation Really Work?", NeurIPS 2021,
 arXiv 2106.05945, eqs. 5 and 6 (the KL here is teacher first, the direction that distillation minimises).
 """
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import MulticlassAccuracy
 
 from kdrun.errors import Problem, Refused, RunFailed
 from kdrun.evaluation.base import Evaluation
+from kdrun.evaluation.calibration import CalibrationError, SelectiveRisk, confidence_and_hits
 
 
 @dataclass(eq=False)
@@ -31,6 +32,7 @@ class Classification(Evaluation):
     top_k: tuple[int, ...] = (1, 5)  # a k that is not below the class count is skipped
     bins: int = 15  # Guo et al., table 1
     pair_order: bool = False
+    aurc: bool = False
 
     def own_problems(self) -> list[Problem]:
         self.top_k = tuple(sorted(set(self.top_k)))
@@ -47,7 +49,8 @@ class Classification(Evaluation):
         ranks = [k for k in self.top_k if classes is None or k < classes]
         # Two classes leave one that is not the target, hence no pair of them.
         pairs = ["pair_order"] if self.pair_order and (classes is None or classes > 2) else []
-        return [*(f"top{k}" for k in ranks), "nll", "ece", "agreement", "kl_teacher", "teacher_top1", *pairs]
+        risks = ["aurc", "e_aurc"] if self.aurc else []
+        return [*(f"top{k}" for k in ranks), "nll", "ece", *risks, "agreement", "kl_teacher", "teacher_top1", *pairs]
 
     def meter(self, classes: int, device: torch.device | str) -> Meter:
         """A fresh meter for logits [B, classes]. Raises `Refused` if so few classes leave the primary metric unmeasured."""
@@ -56,23 +59,24 @@ class Classification(Evaluation):
             what = f"'{self.primary}' says nothing with {classes} classes"
             raise Refused(Problem(what, "evaluation.primary", "", f"evaluation.primary={names[0]}"))
         ranks = [k for k in self.top_k if k < classes]
-        return Meter(classes, ranks, self.bins, "pair_order" in names, torch.device(device))
+        return Meter(classes, ranks, self.bins, "pair_order" in names, self.aurc, torch.device(device))
 
 
 class Meter:
     """Streams over an evaluation set: sums stay on the device, no update waits for it, no logits are kept.
 
-    Kept are sums and, for the calibration error, two numbers per sample. In a process group `compute` is a collective:
+    Kept are sums and, for the selective risk, two numbers per sample. In a process group `compute` is a collective:
     every rank calls it, and each gets the result over all ranks' samples.
     """
 
-    def __init__(self, classes: int, top_k: list[int], bins: int, pair_order: bool, device: torch.device) -> None:
+    def __init__(self, classes: int, top_k: list[int], bins: int, pair_order: bool, aurc: bool, device: torch.device) -> None:
         self._accuracy = {
             # validate_args=False: the validation reads values back from the device on every update.
             f"top{k}": MulticlassAccuracy(classes, top_k=k, average="micro", validate_args=False).to(device)
             for k in top_k
         }
-        self._calibration = MulticlassCalibrationError(classes, n_bins=bins, norm="l1", validate_args=False).to(device)
+        self._calibration = CalibrationError(bins).to(device)
+        self._risk = SelectiveRisk().to(device) if aurc else None
         self._sums = _Sums(pair_order).to(device)
 
     def update(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> None:
@@ -80,12 +84,15 @@ class Meter:
         logits = _wide(logits)
         for accuracy in self._accuracy.values():
             accuracy.update(logits, targets)
-        # Given probabilities, not logits: torchmetrics would take logits that happen to lie in [0, 1] for probabilities.
-        self._calibration.update(logits.softmax(dim=1), targets)
+        rows = confidence_and_hits(logits.softmax(dim=1), targets)
+        self._calibration.update(*rows)
+        if self._risk is not None:
+            self._risk.update(*rows)
         self._sums.update(logits, targets, None if teacher_logits is None else _wide(teacher_logits))
 
     def compute(self) -> dict[str, float]:
-        """The metrics by name: top-k, ece, agreement, teacher_top1 and pair_order in percent, nll and kl_teacher in nats.
+        """The metrics by name: top-k, ece, agreement, teacher_top1 and pair_order in percent, nll and kl_teacher in nats, aurc and e_aurc
+        in thousandths.
 
         Those that need a teacher are means over the samples that came with its logits, and absent if none did.
         Raises `RunFailed` if no sample was seen.
@@ -104,7 +111,10 @@ class Meter:
         found = {name: 100 * round(float(accuracy.compute()) * count) / count for name, accuracy in self._accuracy.items()}
         found["nll"] = sums[_NLL] / count
         # Logits that are not numbers fall into a bin like any other, and would pass for calibrated.
-        found["ece"] = math.nan if math.isnan(found["nll"]) else 100 * float(self._calibration.compute())
+        diverged = math.isnan(found["nll"])
+        found["ece"] = math.nan if diverged else 100 * float(self._calibration.compute())
+        if self._risk is not None:
+            found["aurc"], found["e_aurc"] = (math.nan, math.nan) if diverged else (1000 * float(r) for r in self._risk.compute())
         if with_teacher:
             found["agreement"] = 100 * sums[_AGREEMENT] / with_teacher
             found["kl_teacher"] = sums[_KL_TEACHER] / with_teacher

@@ -68,6 +68,9 @@ class Session(Protocol):
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives (tensors, numbers, strings, lists, dicts), made once and kept in the run's folder."""
 
+    def conclude(self, built: Any, metrics: Mapping[str, float], facts: Mapping[str, Any] | None = None) -> Any:
+        """The end of a plan that trains nothing: a summary whose metrics are these, and no student."""
+
     def finish(self, training: Training, metrics: Mapping[str, float] | None = None, facts: Mapping[str, Any] | None = None) -> Any:
         """Export the stage's network as the run's student and write its summary, further metrics and facts included."""
 

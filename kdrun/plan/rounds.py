@@ -114,7 +114,8 @@ class Rounds(Plan):
         chosen = select(self.acquisition, pool, self.budget, session.tree["seed"], number, self.gain, self.lam)
         positions = open_[chosen.positions].sort().values
         answers = torch.cat([first.teacher.signal(b, ASKED).logits.float().softmax(1).cpu() for b in batches(session, positions)])
-        facts = {"support_share": 100 * chosen.support / len(open_), "game_value": chosen.value, "expected_mistakes": wrong, "pool": len(open_)}
+        support = 100 * chosen.support / len(open_)
+        facts = {"support_share": support, "game_value": chosen.value, "expected_mistakes": wrong, "pool": len(open_)}
         return {"positions": positions, "answers": answers, "facts": facts}
 
     def _mistakes(self, session: Session, first: Any, size: int) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping
-from types import ModuleType
-from typing import Any, get_type_hints
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import ModuleType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -47,6 +47,31 @@ def resolve(target: Any, allowed: Collection[str], key: str) -> Callable[..., An
         within = did_you_mean(words[-1], members(found)) if isinstance(found, ModuleType) else ""
         raise Refused(Problem(what, key=key, remedy=within or "name a class derived from torch.nn.Module, or a function that returns one"))
     return found
+
+
+def argument_types(target: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a network's arguments as far as they are declared and YAML can write them: names with None where that is the default.
+
+    A library may take a text where it declares a class (torchvision's weights), so such arguments are left out.
+    """
+    called = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(called)
+    except (NameError, TypeError):  # a builtin, or annotations that cannot be read
+        return {}
+    parameters = inspect.signature(target).parameters.values()
+    named = [p for p in parameters if p.name in hints and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return {p.name: hints[p.name] | None if p.default is None else hints[p.name] for p in named if _plain(hints[p.name])}
+
+
+def _plain(hint: Any) -> bool:
+    """Whether a type is made of what YAML can write."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return True
+    if origin is not None:
+        return origin in (Union, UnionType, list, tuple, dict, Sequence, Mapping) and all(a is ... or _plain(a) for a in args)
+    return hint in (int, float, bool, str, NoneType)
 
 
 def _outside(parameters: Mapping[str, inspect.Parameter], open_ended: bool, classes: int, input_shape: tuple[int, ...]) -> dict[str, int]:

@@ -66,17 +66,16 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, shortc
 
 
 class ResNet(nn.Module):
-    """forward: [B, in_channels, H, W] -> logits [B, num_classes]."""
+    """forward: [B, in_channels, H, W] -> logits [B, num_classes]. `blocks` of each of the three stages."""
 
-    def __init__(self, num_classes: int, depth: int, widths: Sequence[int], in_channels: int, shortcut: str) -> None:
+    def __init__(self, num_classes: int, blocks: Sequence[int], widths: Sequence[int], in_channels: int, shortcut: str) -> None:
         super().__init__()
-        blocks = (depth - 2) // 6
         self.conv1 = conv3x3(in_channels, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
-        self.layer1 = _stage(widths[0], widths[1], blocks, 1, shortcut)
-        self.layer2 = _stage(widths[1], widths[2], blocks, 2, shortcut)
-        self.layer3 = _stage(widths[2], widths[3], blocks, 2, shortcut)
+        self.layer1 = _stage(widths[0], widths[1], blocks[0], 1, shortcut)
+        self.layer2 = _stage(widths[1], widths[2], blocks[1], 2, shortcut)
+        self.layer3 = _stage(widths[2], widths[3], blocks[2], 2, shortcut)
         self.fc = nn.Linear(widths[3], num_classes)
         init_he(self)
 
@@ -100,7 +99,7 @@ def resnet(num_classes: int, depth: int, widths: Sequence[int] = NARROW, in_chan
         problems.append(Problem(f"unknown shortcut {shortcut!r}", key="shortcut", remedy=did_you_mean(shortcut, SHORTCUTS)))
     if problems:
         raise Refused(problems)
-    return ResNet(num_classes, depth, widths, in_channels, shortcut)
+    return ResNet(num_classes, [(depth - 2) // 6] * 3, widths, in_channels, shortcut)
 
 
 def resnet8(num_classes: int, in_channels: int = 3, shortcut: str = "conv") -> nn.Module:

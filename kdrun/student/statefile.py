@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from kdrun.errors import Problem, Refused, nearest
 
 # What training code puts a state dict under: the CRD benchmark and timm, torch's tutorials, Lightning, kdrun, ...
 WRAPPERS = ("state_dict", "model", "net", "student", "model_state_dict", "model_state", "network", "weights", "module")
+
+# How a torch file begins: as a zip archive, or, before torch 1.6, as a pickle of protocol 2.
+TORCH = (b"PK\x03\x04", b"\x80")
+SHOWN = 40  # bytes of a file that is something else
 
 
 class StateFile(NamedTuple):
@@ -56,7 +61,7 @@ def _read_safetensors(path: Path, key: str) -> StateFile:
 def _refuse_pickle(path: Path, key: str, error: Exception) -> Refused:
     """`weights_only` refuses both files with code in them and files that are no torch files at all: say which."""
     code = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"got <class '([\w.]+)'>", str(error))
-    head = path.read_bytes()[:40]
+    head = _head(path)
     plain_pickle = head[:1] == b"\x80" and "Unsupported operand" in str(error)
     if code or plain_pickle:
         named = f"it names {code.group(1)}" if code else "it is a plain Python pickle"
@@ -66,7 +71,24 @@ def _refuse_pickle(path: Path, key: str, error: Exception) -> Refused:
             f"torch.save(s['state_dict'], {path.stem + '.clean.pt'!r})  # or s['model'], or s.state_dict() of a whole module"
         )
         return _refuse(path, key, f"holds more than tensors ({named}), so opening it could run code; it was not opened", convert)
+    return _no_weights(path, key, head)
+
+
+def _no_weights(path: Path, key: str, head: bytes) -> Refused:
     return _refuse(path, key, f"no file of weights: it begins with {head!r}", "fetch it again; a safetensors or torch file is wanted")
+
+
+def _holds_pickle(path: Path) -> bool:
+    """False for a whole zip archive that is something else: an npz, a document."""
+    if not zipfile.is_zipfile(path):
+        return True
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("data.pkl") for name in archive.namelist())
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(SHOWN)
 
 
 def _is_state(value: Any) -> bool:
@@ -99,11 +121,17 @@ def read_state(path: str | Path, key: str = "checkpoint") -> StateFile:
         raise _missing(path, key)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, key)
+    head = _head(path)
+    # The unpickler would take a text for instructions, and fail in their words.
+    if head and not (head.startswith(TORCH) and _holds_pickle(path)):
+        raise _no_weights(path, key, head)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refuse_pickle(path, key, error) from error
     except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError) as error:  # what torch raises on damaged files
-        said = str(error).partition(". This is")[0] or "it ends too early"
+        broken = isinstance(error, (KeyError, IndexError, UnicodeError))  # of the unpickler's stack and memory: no words for people
+        said = "" if broken else str(error).partition(". This is")[0]
+        said = said or ("it is not what a pickle looks like" if broken else "it ends too early")
         raise _refuse(path, key, f"truncated or corrupt: {said}", "fetch or write it again") from error
     return _unwrap(content, path, key)

@@ -76,7 +76,9 @@ def _submodule(network: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _resolve(network: nn.Module, taps: Mapping[str, str], wanted: Iterable[str], key: str) -> dict[str, tuple[nn.Module, bool]]:
+def _resolve(
+    network: nn.Module, taps: Mapping[str, str], wanted: Iterable[str], key: str, asked: Mapping[str, str]
+) -> dict[str, tuple[nn.Module, bool]]:
     """For each wanted name the module to hook, and whether it is its input that is wanted."""
     found: dict[str, tuple[nn.Module, bool]] = {}
     problems = []
@@ -91,16 +93,18 @@ def _resolve(network: nn.Module, taps: Mapping[str, str], wanted: Iterable[str],
             problems.append(Problem(what, key=f"{key}.{name}", remedy=did_you_mean(path.removesuffix(INPUT), paths)))
         else:
             what = f"unknown tap {name!r} of {type(network).__name__}"
-            problems.append(Problem(what, key=key, remedy=did_you_mean(name.removesuffix(INPUT), [*taps, *paths])))
+            problems.append(Problem(what, key=asked.get(name, key), remedy=did_you_mean(name.removesuffix(INPUT), [*taps, *paths])))
     if problems:
         raise Refused(problems)
     return found
 
 
-def _install(network: nn.Module, box: _Box, taps: Mapping[str, str], wanted: Iterable[str], key: str) -> list[RemovableHandle]:
+def _install(
+    network: nn.Module, box: _Box, taps: Mapping[str, str], wanted: Iterable[str], key: str, asked: Mapping[str, str]
+) -> list[RemovableHandle]:
     return [
         module.register_forward_pre_hook(_InputHook(box, name)) if of_input else module.register_forward_hook(_OutputHook(box, name))
-        for name, (module, of_input) in _resolve(network, taps, wanted, key).items()
+        for name, (module, of_input) in _resolve(network, taps, wanted, key, asked).items()
     ]
 
 
@@ -126,7 +130,7 @@ class Tapped(nn.Module):
         super().__init__()
         self.module = module
         self._box = _Box()
-        _install(module, self._box, taps, wanted, key)
+        _install(module, self._box, taps, wanted, key, {})
 
     def forward(self, x: Tensor, extra: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         taken: dict[str, Tensor] = {}
@@ -168,12 +172,18 @@ def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def model_spec(
-    module: nn.Module, input_shape: tuple[int, ...], taps: Mapping[str, str], wanted: Iterable[str] | None = None, key: str = "taps"
+    module: nn.Module,
+    input_shape: tuple[int, ...],
+    taps: Mapping[str, str],
+    wanted: Iterable[str] | None = None,
+    key: str = "taps",
+    asked: Mapping[str, str] | None = None,
 ) -> ModelSpec:
     """The outside of a network: classes it speaks of and shapes of its taps, from a forward of one sample of zeros.
 
     `input_shape` and the shapes are without the batch. `wanted`: as in `Tapped`; None is all of `taps`. BatchNorm statistics, modes
-    and random state are left as they are. On the meta device it costs nothing but the trace.
+    and random state are left as they are. On the meta device it costs nothing but the trace. `asked`: for errors, the place in the
+    configuration that names a tap, where that is not `key`.
 
     Raises `kdrun.errors.Refused` for an unknown tap, for a tap whose module did not run, and for a network that cannot take this input.
     """
@@ -181,7 +191,8 @@ def model_spec(
     first = next(module.parameters(), torch.zeros(()))
     x = torch.zeros(1, *input_shape, device=first.device, dtype=first.dtype)
     box = _Box(taken={})
-    handles = _install(module, box, taps, wanted, key)
+    asked = asked or {}
+    handles = _install(module, box, taps, wanted, key, asked)
     try:
         with _untouched(module, first.device):
             logits = _logits(module(x, **stand_ins(module, 1, x)))
@@ -196,7 +207,8 @@ def model_spec(
     missing = [name for name in wanted if name not in taken]
     if missing:
         what = f"did not pass a tensor in the forward of {type(module).__name__}: {', '.join(missing)}"
-        raise Refused(Problem(what, key=key, remedy="tap a module that its forward calls with a positional input"))
+        where = asked.get(missing[0], key)
+        raise Refused(Problem(what, key=where, remedy="tap a module that its forward calls with a positional input"))
     classes = int(logits.shape[1]) if logits.dim() > 1 else 0
     return ModelSpec(classes, tuple(input_shape), {name: tuple(taken[name].shape[1:]) for name in wanted})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -181,7 +181,7 @@ def save_student(module: nn.Module, path: str | Path, metadata: Mapping[str, Any
     """Write the student alone as safetensors (law 5): ``network.load_state_dict(safetensors.torch.load_file(path))`` takes it.
 
     Names have no prefix, tied tensors are written twice so that plain torch finds each name. `metadata`: strings as they are, anything
-    else as JSON. The file appears whole or not at all.
+    else as JSON. The same weights and metadata are the same bytes. The file appears whole or not at all.
     """
     path = Path(path)
     # clone: safetensors refuses tensors that share memory
@@ -189,9 +189,19 @@ def save_student(module: nn.Module, path: str | Path, metadata: Mapping[str, Any
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in (metadata or {}).items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(state, partial, metadata=text)
-        with open(partial, "rb") as written:
+        with open(partial, "wb") as written:
+            written.write(_in_order(save(state, text)))
+            written.flush()
             os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with the names of its header in order: the library writes metadata in the order of a hash map, which every
+    process has its own of. The tensors' offsets count from the end of the header, whose length is a multiple of 8."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]

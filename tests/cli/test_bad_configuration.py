@@ -79,6 +79,20 @@ def test_a_wrong_type_or_range_is_refused(refusal: Refusal, override: str, head:
 
 
 @pytest.mark.parametrize(
+    ("override", "head", "remedy"),
+    [
+        ("student.hidden=3", "student.hidden: 3 is not a list of whole numbers", "give a list of whole numbers"),
+        ("teacher.hidden=[8,wide]", "teacher.hidden: [8, 'wide'] is not a list of whole numbers", "give a list of whole numbers"),
+        ("student.dropout=null", "student.dropout: null is not a number", "give a number"),
+    ],
+)
+def test_a_network_s_own_argument_of_a_wrong_type_is_refused(
+    refusal: Refusal, tiny: list[str], override: str, head: str, remedy: str
+) -> None:
+    assert only(refusal("train", *tiny, "objective=kd", "teacher=mlp", override)) == Problem(head, "command line", remedy)
+
+
+@pytest.mark.parametrize(
     ("word", "remedy"),
     [
         ("pld_cifar100", "write recipe=pld_cifar100"),  # the first guess of a newcomer
@@ -166,18 +180,29 @@ def test_a_mistake_in_a_file_is_named_with_its_line(refusal: Refusal, own_recipe
 
 
 @pytest.mark.parametrize(
-    ("rival", "head"),
+    ("rival", "head", "where"),
     [
-        ("objective=kd, objective.temprature=2", "objective.temprature: unknown key"),
-        ("objective=kdd", "objective: there is no objective named 'kdd'"),
-        ("objective=fitnet", "student.taps: unknown tap 'f2' of MLP"),  # only seen when it is built
+        ("objective=kd, objective.temprature=2", "objective.temprature: unknown key", "recipe"),
+        ("objective=kdd", "objective: there is no objective named 'kdd'", "recipe"),
+        ("objective=kd, objective.temperature=-1", "objective.temperature: cannot be -1", "recipe"),
+        ("objective kd", "objective kd: this is not KEY=VALUE", "recipe"),
+        ("objective=fitnet", "objective.student_tap: unknown tap 'f2' of MLP", "conf/objective/fitnet.yaml:5"),  # seen when it is built
+        ("objective=fitnet, objective.student_tap=f9", "objective.student_tap: unknown tap 'f9' of MLP", "recipe"),
     ],
 )
-def test_a_rival_that_cannot_be_is_refused_before_the_first_arm(
-    refusal: Refusal, own_recipes: Path, tmp_path: Path, rival: str, head: str
+def test_a_rival_that_cannot_be_is_refused_before_the_first_arm_and_named_with_its_line(
+    refusal: Refusal, own_recipes: Path, tmp_path: Path, rival: str, head: str, where: str
 ) -> None:
-    spoilt(own_recipes, tmp_path, "kd: [objective=kd]", f"kd: [{rival}]")
-    assert head in [p.head for p in refusal("train", "recipe=small", f"--config-dir={tmp_path}")]
+    text = spoilt(own_recipes, tmp_path, "kd: [objective=kd]", f"kd: [{rival}]")
+    line = next(n for n, row in enumerate(text.splitlines(), 1) if row.lstrip().startswith("kd: ["))
+    found = {p.head: p.where for p in refusal("train", "recipe=small", f"--config-dir={tmp_path}")}
+    assert found[head] == (f"recipes/small.yaml:{line} (rivals.kd)" if where == "recipe" else where)
+    assert "command line" not in found.values()
+
+
+def test_a_rival_of_the_command_line_is_named_as_such(refusal: Refusal, own_recipes: Path) -> None:
+    problem = only(refusal("train", "recipe=small", f"--config-dir={own_recipes}", "run.seeds=[1]", "rivals={kd: ['objective=kdd']}"))
+    assert (problem.key, problem.where) == ("objective", "command line")
 
 
 def test_a_missing_config_dir_is_refused(refusal: Refusal) -> None:
@@ -186,12 +211,13 @@ def test_a_missing_config_dir_is_refused(refusal: Refusal) -> None:
     assert problem.where == "--config-dir"
 
 
-def test_a_folder_with_a_run_in_it_is_refused_with_both_ways_on(refusal: Refusal, here: Path, tiny: list[str]) -> None:
+@pytest.mark.parametrize("a_run", [True, False])
+def test_a_folder_that_is_not_empty_is_refused_with_the_ways_on(refusal: Refusal, here: Path, tiny: list[str], a_run: bool) -> None:
     (here / "mine").mkdir()
-    (here / "mine" / "precious.txt").write_text("keep me")
+    (here / "mine" / ("run.json" if a_run else "precious.txt")).write_text("keep me")
     problem = only(refusal("train", *tiny, "run.dir=mine"))
     assert problem.head == "run.dir: the run folder exists already and is not empty"
-    assert "kdrun resume mine" in problem.remedy
+    assert ("kdrun resume mine" in problem.remedy) == a_run
     assert "another run.dir" in problem.remedy
 
 

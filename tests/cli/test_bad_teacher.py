@@ -16,7 +16,7 @@ from torch import nn
 from kdrun.student.mlp import mlp
 from kdrun.student.resnet import resnet8
 from kdrun.student.weights import save_student
-from tests.cli.told import Problem, only
+from tests.cli.told import Problem, only, parse_problems
 from tests.conftest import TINY, Outcome
 
 Refusal = Callable[..., list[Problem]]
@@ -32,23 +32,31 @@ def weights(path: Path, network: nn.Module) -> Path:
 @pytest.mark.parametrize(
     ("settings", "key", "near"),
     [
-        (["objective.student_tap=f9"], "student.taps", "f3"),
-        (["objective.teacher_tap=poled"], "teacher.taps", "pooled"),
+        (["objective.student_tap=f9"], "objective.student_tap", "f3"),
+        (["objective.teacher_tap=poled"], "objective.teacher_tap", "pooled"),
         (["objective.student_tap=f1", "student.taps.f1=layr1"], "student.taps.f1", "layer1"),
-        (["objective.student_tap=lay1"], "student.taps", "layer1"),
+        (["objective.student_tap=lay1"], "objective.student_tap", "layer1"),
     ],
 )
 def test_a_tap_that_does_not_exist_is_refused_with_its_neighbours(refusal: Refusal, settings: list[str], key: str, near: str) -> None:
     problem = only(refusal("train", *PICTURES, "objective=fitnet", *settings))
     assert problem.key == key
     assert settings[-1].partition("=")[2] in problem.head
-    assert problem.where  # a file with its line, or the command line
+    assert problem.where == "command line"
     assert near in problem.remedy
 
 
 def test_both_missing_taps_come_at_once(refusal: Refusal) -> None:
     problems = refusal("train", *PICTURES, "objective=fitnet", "objective.student_tap=f9", "objective.teacher_tap=f8")
-    assert {p.key for p in problems} == {"student.taps", "teacher.taps"}
+    assert {p.key for p in problems} == {"objective.student_tap", "objective.teacher_tap"}
+
+
+def test_a_tap_that_is_one_of_several_is_refused_under_their_field(refusal: Refusal) -> None:
+    """A field that lists taps; and a teacher that is the student itself, whose taps the objective still asks of the teacher."""
+    problem = only(refusal("train", *PICTURES, "objective=map_mse", "objective.student_taps=[maap]", "objective.teacher_taps=[layer1]"))
+    assert problem.key == "objective.student_taps"
+    follower = ["objective=fitnet", "objective.student_tap=f1", "objective.teacher_tap=f9", "teacher=ema"]
+    assert only(refusal("train", *PICTURES, *follower)).key == "objective.teacher_tap"
 
 
 def test_a_tap_asked_for_by_a_method_in_a_comparison_is_refused_too(refusal: Refusal) -> None:
@@ -129,6 +137,17 @@ def test_a_truncated_checkpoint_is_refused(refusal: Refusal, tmp_path: Path, suf
     assert (problem.where, problem.remedy) == (str(file), "fetch or write it again")
 
 
+@pytest.mark.parametrize("key", ["teacher.checkpoint", "student.checkpoint", "plan.start_from"])
+@pytest.mark.parametrize("name", ["notes.txt", "notes.pth", "notes.safetensors"])
+def test_a_text_is_no_checkpoint(refusal: Refusal, tmp_path: Path, key: str, name: str) -> None:
+    (tmp_path / name).write_text("resnet32x4 of the benchmark, 240 epochs\n")
+    problem = only(refusal("train", *LIVE, f"{key}={tmp_path / name}"))
+    assert problem.head.startswith(f"{key}: ")
+    assert "it begins with b'resnet32x4" in problem.head or "no safetensors file" in problem.head
+    assert problem.where == str(tmp_path / name)
+    assert problem.remedy
+
+
 class Bomb:
     """What an attacker would put into a file of weights."""
 
@@ -161,6 +180,34 @@ def test_a_missing_checkpoint_is_refused_with_the_files_that_are_there(refusal: 
     assert problem.remedy == "in that folder there is teacher.safetensors"
 
 
+@pytest.mark.parametrize(
+    ("rival", "key"),
+    [
+        ("objective=kd, teacher=mlp, 'teacher.hidden=[8]', teacher.checkpoint={file}", "teacher.checkpoint"),
+        ("objective=kd, student.checkpoint={file}", "student.checkpoint"),
+        ("objective=kd, plan.start_from={file}", "plan.start_from"),
+        ("objective=kd, dataset.sigma=0.9, student.checkpoint={file}", "student.checkpoint"),  # data of its own, not loaded yet
+    ],
+)
+@pytest.mark.parametrize("spoilt", ["missing", "damaged"])
+def test_a_rival_s_checkpoint_is_refused_before_the_first_arm(
+    kdrun: Callable[..., Outcome], here: Path, own_recipes: Path, tmp_path: Path, rival: str, key: str, spoilt: str
+) -> None:
+    file = tmp_path / "w.safetensors"
+    if spoilt == "damaged":
+        file.write_bytes(weights(file, mlp(6, 32, [8])).read_bytes()[:200])
+    text = (own_recipes / "recipes" / "small.yaml").read_text().replace("kd: [objective=kd]", f"kd: [{rival.format(file=file)}]")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "small.yaml").write_text(text)
+    outcome = kdrun("train", "recipe=small", f"--config-dir={tmp_path}", "run.seeds=[1]")
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""  # no arm was announced
+    problem = only(parse_problems(outcome.err))
+    assert problem.head.startswith(f"{key}: {'no such file' if spoilt == 'missing' else 'truncated or corrupt'}")
+    assert problem.where == str(file)
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize("override", ["student.checkpoint", "plan.start_from"])
 def test_the_student_s_own_weights_are_held_to_the_same(refusal: Refusal, tmp_path: Path, override: str) -> None:
     file = weights(tmp_path / "seven.safetensors", mlp(7, 32, [8]))
@@ -178,6 +225,19 @@ def test_a_teacher_that_is_not_what_it_is_said_to_be_stops_the_run(kdrun: Callab
         assert "the recipe states 99.0 within 0.3 (Table 1)" in outcome.err
         assert "remedy" in outcome.err
         assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("extra", [[], ["run.seeds=[1,2]"]])
+def test_a_teacher_that_is_trained_and_fails_its_claim_leaves_no_run_behind(
+    kdrun: Callable[..., Outcome], here: Path, extra: list[str]
+) -> None:
+    """The teacher is kept, as it is good for another claim; of the student's run there is nothing but its configuration."""
+    claim = "teacher.claim={metric: top1, value: 150.0, tolerance: 0.3, source: Table 1}"
+    outcome = kdrun("train", *LIVE, claim, "run.dir=runs/mine", "run.root=root", *extra)
+    assert outcome.code == 3, outcome.err
+    assert "the recipe states 150.0 within 0.3 (Table 1)" in outcome.err
+    assert [p.name for p in here.iterdir()] == ["root"]
+    assert (here / "root" / "teachers").is_dir()
 
 
 def test_a_good_checkpoint_is_taken(kdrun: Callable[..., Outcome], here: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdrun.engine.records import held
 from kdrun.engine.stage import StageRun
 from tests.cli.conftest import TAUGHT
 from tests.cli.told import Problem, only
@@ -46,6 +47,25 @@ def test_a_finished_run_is_shown_again(kdrun: Callable[..., Outcome], here: Path
     assert outcome.code == 0, outcome.err
     assert outcome.json["steps"] == 6
     assert_same_student(here / "run", finished[0])
+
+
+@pytest.mark.parametrize("of", ["finished", "compared"])
+def test_a_run_that_another_process_works_on_is_refused_until_that_ends(
+    kdrun: Callable[..., Outcome], refusal: Refusal, here: Path, request: pytest.FixtureRequest, of: str
+) -> None:
+    shutil.copytree(request.getfixturevalue(of)[0], here / "run")
+    with held(here / "run", fresh=False):
+        problem = only(refusal("resume", "run"))
+    assert problem.head == "run.dir: another process works in this run folder"
+    assert (problem.where, problem.remedy) == (str(here / "run"), f"wait until it ends or stop it, then: kdrun resume {here / 'run'}")
+    assert kdrun("resume", "run", "-q").code == 0
+    assert not (here / "run" / ".lock").exists()
+
+
+def test_a_folder_that_another_process_has_just_taken_is_refused(refusal: Refusal, here: Path) -> None:
+    """Two runs with one run.dir that start together: both find it empty."""
+    with held(here / "run", fresh=True):
+        assert "another process works in this run folder" in only(refusal("train", *TINY, "objective=ce", "run.dir=run")).head
 
 
 def test_overrides_are_refused_with_both_ways_on(refusal: Refusal, finished: tuple[Path, Outcome]) -> None:

@@ -94,6 +94,22 @@ class Poisoned(CE):
 
 
 @dataclass(eq=False)
+class EveryOther(CE):
+    """Cross-entropy, and at every second step that of a linear layer over the logits: at the others the layer has no gradient."""
+
+    def setup(self, context: Context) -> Connectors:
+        return nn.ModuleDict({"head": nn.Linear(context.classes, context.classes)})
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        return {"ce": 1.0, "head": float(progress.step % 2)}
+
+    def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
+        judged = connectors["head"](output.logits)
+        head = Term(F.cross_entropy(judged, batch.targets, reduction="sum"), "sample")
+        return {**super().terms(output, signal, batch, phase, connectors), "head": head}
+
+
+@dataclass(eq=False)
 class TwoPhases(CE):
     """A critic learns to tell the labels from the student's logits; then the student learns from the frozen critic alone."""
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from kdrun.config.compose import compose
 from kdrun.engine.build import load_data
-from kdrun.engine.records import SUMMARY, read_json
-from kdrun.engine.records import STUDENT_FILE
+from kdrun.engine.records import STUDENT_FILE, SUMMARY, read_json
 from kdrun.student.mlp import mlp
 from kdrun.student.resnet import resnet8
 from tests.engine.running import Notes, run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from kdrun.engine import loop, state
 from kdrun.engine.loop import NotFinite
-from kdrun.engine.records import read_json
+from kdrun.engine.records import read_json, write_json
 from tests.conftest import Outcome
 from tests.engine.running import assert_bit_equal, assert_same_run, checkpoint_tensors, parameters, run, staged, training_lines
 
@@ -44,7 +45,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     assert (bundle["step"], bundle["stage"], bundle["phase"], len(bundle["ids"])) == (STEP, "student", "student", 32)
     assert all(str(i) in failed.err for i in bundle["ids"][:3])
     assert math.isfinite(bundle["terms"]["ce"])
-    assert not math.isfinite(bundle["terms"]["poison"] if what != "gradient" else bundle["grad_norm"])
+    assert not math.isfinite(float(bundle["terms"]["poison"] if what != "gradient" else bundle["grad_norm"]))  # "nan" or "inf"
     assert len(training_lines(folder)) == STEP - 1
     # The last good checkpoint loads, and once the cause is gone the run goes on as if nothing had been.
     assert (state.newest(folder / "checkpoints") or [None])[0] == 6
@@ -77,7 +78,20 @@ def test_a_term_without_weight_cannot_stop_a_run(tiny: list[str], trap: Path, tm
     base = [*poisoned(tiny, trap, "infinite"), "objective.weight=0"]
     summary = run(base, tmp_path / "run")
     assert summary["steps"] == 12
-    assert all(math.isfinite(line["loss"]) for line in training_lines(tmp_path / "run"))
+    lines = training_lines(tmp_path / "run")
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert lines[STEP - 1]["terms"]["poison"] is None  # infinite, which JSON has no number for
+    assert '"poison": null' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_what_json_has_no_number_for_is_null_in_every_record(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [math.inf, 1.5, {"c": -math.inf}], "d": (1, math.nan)})
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse) == {"a": None, "b": [None, 1.5, {"c": None}], "d": [1, None]}
 
 
 def test_a_bad_step_on_an_accelerator_is_found_at_the_next_logging_step_and_nothing_after_it_is_saved(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from kdrun.config.compose import compose
 from kdrun.engine.compare import Job, results
 from kdrun.engine.records import SUMMARY, write_json
 from kdrun.errors import Refused
+from kdrun.ledger.statistics import summary
 from tests.engine.running import run
 
 
@@ -35,4 +37,7 @@ def test_a_run_that_diverged_is_not_left_out_of_its_comparison(tiny: list[str], 
     for job, value in zip(jobs, (50.0, float("nan")), strict=True):
         job.folder.mkdir()
         write_json(job.folder / SUMMARY, {"metric": "top1", "value": value, "test": {"top1": value}})
-    assert results(jobs)["ce"]["top1"].keys() == {1, 2}
+    found = results(jobs)["ce"]["top1"]
+    assert "NaN" not in (jobs[1].folder / SUMMARY).read_text()
+    assert (found[1], math.isnan(found[2])) == (50.0, True)
+    assert summary(list(found.values())).sd is None  # no interval, so nothing can be concluded

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from kdrun.types import Output
-from tests.objective.toy import CLASSES, CONF, NAMES, PROGRESS, STEP, add_up, build, context, field_names, gradients, make
+from tests.objective.toy import ALL, CLASSES, CONF, NAMES, PROGRESS, STEP, add_up, build, context, field_names, gradients, make
 
 COUPLED = [name for name in NAMES if make(name).coupling == "batch"]
 UNCOUPLED = [name for name in NAMES if name not in COUPLED]
@@ -32,10 +32,21 @@ PLAIN_CE: dict[str, dict[str, Any]] = {
     "rkd": {"distance_weight": 0.0, "angle_weight": 0.0},
     "crd": {"beta": 0.0},
     "pld": {"weighting": "ce"},
+    "pixel_kd": {"kd_weight": 0.0},
+    "map_mse": {"beta": 0.0},
+    "acam_kd": {"alpha": 0.0, "diversity": 0.0},
+    "ff_g2m": {"weight": 1.0},
+    "glnn": {"weight": 1.0},
+    "ps_kd": {"alpha_T": 0.0},
+    "label_smoothing": {"epsilon": 0.0},
+    "weighted_kd": {"alpha_constant": 0.0},
 }
 
+# Objectives with a weight that depends on the student and is a constant of the loss: its own slope is not the loss's (see their tests).
+STOPPED = {"tgeo_kd"}
 
-@pytest.mark.parametrize("name", NAMES)
+
+@pytest.mark.parametrize("name", ALL)
 def test_yaml_states_every_field_with_its_default_and_origin(name: str) -> None:
     text = (CONF / f"{name}.yaml").read_text()
     node = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
@@ -51,7 +62,7 @@ def test_yaml_states_every_field_with_its_default_and_origin(name: str) -> None:
         assert re.search(r"#\s*\S", line), f"no origin: {line}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_module_begins_with_equation_unit_and_constants(name: str) -> None:
     doc = sys.modules[type(make(name)).__module__].__doc__ or ""
     assert "L = " in doc
@@ -115,11 +126,12 @@ def test_order_of_samples_does_not_matter(name: str) -> None:
     assert toy.signal.logits is not None
     toy.logits, toy.taps = toy.logits.flip(0), {k: v.flip(0) for k, v in toy.taps.items()}
     toy.signal = toy.signal._replace(logits=toy.signal.logits.flip(0), taps={k: v.flip(0) for k, v in toy.signal.taps.items()})
-    toy.batch = toy.batch._replace(targets=toy.batch.targets.flip(0), ids=toy.batch.ids.flip(0))
+    extra = {name: STEP - 1 - value if name == "edge_index" else value.flip(0) for name, value in toy.batch.extra.items()}
+    toy.batch = toy.batch._replace(targets=toy.batch.targets.flip(0), ids=toy.batch.ids.flip(0), extra=extra)
     torch.testing.assert_close(add_up(toy.objective, toy.terms(), STEP), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - STOPPED))
 def test_gradients_match_finite_differences(name: str) -> None:
     toy = build(name, torch.float64)
     toy.step()  # constants that are fixed from the first batch on would look like part of the derivative
@@ -254,7 +266,7 @@ def test_state_moves_only_in_after_step(name: str) -> None:
     assert all(torch.equal(before[k].nan_to_num(-1), after[k].nan_to_num(-1)) for k in before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_illegal_values_are_refused_with_field_and_range(name: str) -> None:
     objective = make(name)
     numbers = [key for key in field_names(objective) if type(getattr(objective, key)) in (int, float)]
@@ -262,7 +274,7 @@ def test_illegal_values_are_refused_with_field_and_range(name: str) -> None:
         for value in (-1.0, float("nan"), float("inf")):
             with pytest.raises(ValueError, match=rf"{key}=.*legal range") as raised:
                 make(name, **{key: value})
-            assert "inf)" in str(raised.value) or "1)" in str(raised.value)
+            assert any(end in str(raised.value) for end in ("inf)", "1)", "1]"))
 
 
 def test_unknown_weighting_names_the_legal_ones() -> None:

@@ -16,7 +16,9 @@ from kdrun.objective.base import Objective
 from kdrun.types import COUPLED_UNITS, Batch, Connectors, Context, ModelSpec, Output, Progress, Signal, Term
 
 CONF = Path(__file__).parents[2] / "conf" / "objective"
-NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+ALL = sorted(path.stem for path in CONF.glob("*.yaml"))
+DIFFUSION = {"denoise", "sfd"}  # they noise or generate what the networks see: no logits of a toy; see their own tests
+NAMES = sorted({*ALL} - DIFFUSION)
 
 CLASSES, STEP = 5, 8
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])  # by sample id; class 4 never occurs
@@ -89,7 +91,7 @@ def add_up(objective: Objective, terms: Mapping[str, Term], samples: int, classe
     """What the loop minimises: sum of weight * sum / count."""
     weights = objective.weights(PROGRESS)
     edges = EDGES.shape[1]
-    counts = {"sample": samples, "label": samples, "edge": edges, "edge_or_self": edges + samples}
+    counts = {"sample": samples, "label": samples, "edge": edges, "edge_or_self": edges + samples, "covered": samples}
     counts |= {unit: number(samples, classes) for unit, number in COUPLED_UNITS.items()}
     return torch.stack([weights[name] * term.sum / counts[term.unit] for name, term in terms.items()]).sum()
 
@@ -126,7 +128,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: f
     batch = Batch(torch.zeros(STEP, 1), LABELS[ids], ids, torch.ones(STEP, dtype=torch.int64), {"edge_index": EDGES})
     signal = Signal(normal(CLASSES), {k: normal(*shape) for k, shape in TEACHER_TAPS.items()})
     taps = {k: normal(*shape).requires_grad_() for k, shape in STUDENT_TAPS.items()}
-    return Toy(objective, connectors, normal(CLASSES).requires_grad_(), taps, signal, batch, {})
+    logits = normal(CLASSES).requires_grad_()
+    drawn = torch.rand(STEP, CLASSES - 1, generator=generator, dtype=torch.float64)  # no mass on the class that never occurs
+    soft = torch.nn.functional.pad(drawn / drawn.sum(1, keepdim=True), (0, 1))
+    batch.extra["soft_targets"] = soft.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    batch.extra.update(peer_targets=batch.extra["soft_targets"], covered=torch.ones(STEP, dtype=torch.bool))
+    return Toy(objective, connectors, logits, taps, signal, batch, {})
 
 
 def logit_terms(objective: Objective, zs: Tensor, zt: Tensor, y: Tensor) -> dict[str, Term]:

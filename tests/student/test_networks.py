@@ -48,6 +48,13 @@ TABLE = {
     "mobilenetv2": (812_836, ([(16, 16, 16), (12, 16, 16), (16, 8, 8), (48, 4, 4), (160, 2, 2)], 1280)),
     "shufflenetv1": (949_258, ([(24, 32, 32), (240, 16, 16), (480, 8, 8), (960, 4, 4)], 960)),
     "shufflenetv2": (1_355_528, ([(24, 32, 32), (116, 16, 16), (232, 8, 8), (464, 4, 4)], 1024)),
+    "stage_resnet": (83_892, NARROW),
+    # github.com/lgcnsai/PS-KD-Pytorch; see test_ps_kd_networks.py
+    "preact_resnet18": (11_217_444, ([(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)], 512)),
+    "preact_resnet101": (42_685_732, ([(64, 32, 32), (256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)], 2048)),
+    "densenet121": (7_048_548, ([(64, 32, 32), (256, 32, 32), (512, 16, 16), (1024, 8, 8), (1024, 4, 4)], 1024)),
+    "resnext29_8x64d": (34_518_948, ([(64, 32, 32), (256, 32, 32), (512, 16, 16), (1024, 8, 8)], 1024)),
+    "pyramidnet200_240": (26_844_952, ([(16, 32, 32), (384, 32, 32), (704, 16, 16), (1024, 8, 8)], 1024)),
 }
 SMALL = ["resnet8", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 
@@ -59,7 +66,7 @@ def on_meta(name: str, classes: int = 100, input_shape: tuple[int, ...] = (3, 32
 
 
 def test_the_table_has_every_network_with_a_configuration_of_its_own() -> None:
-    assert set(TABLE) == set(options("student")) - {"mlp", "timm", "custom"}
+    assert set(TABLE) == set(options("student")) - {"mlp", "timm", "custom", "gcn", "sage", "gat"}
 
 
 @pytest.mark.parametrize("name", TABLE)

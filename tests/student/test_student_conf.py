@@ -11,7 +11,7 @@ from kdrun.student.taps import model_spec
 from tests.student.composed import CONF, node, options
 
 NETWORKS = sorted(set(options("student")) - {"custom"})
-LIVE = sorted(set(options("teacher")) - {"none", "truth"})
+LIVE = sorted(set(options("teacher")) - {"none", "truth", "snapshot", "ema"})
 LIVE_KEYS = yaml.safe_load((CONF / "teacher" / "_live.yaml").read_text())
 
 
@@ -20,7 +20,7 @@ def test_a_student_has_target_taps_and_checkpoint(name: str) -> None:
     chosen = node("student", name)
     assert chosen["checkpoint"] is None
     assert chosen["_target_"].startswith("kdrun.student.")
-    assert "pooled" in chosen["taps"]
+    assert {"pooled", "map"} & {*chosen["taps"]} or chosen.get("speaks") == "tensor"
     assert isinstance(chosen["rename"], list)
 
 
@@ -42,6 +42,8 @@ def test_a_teacher_is_the_student_of_that_name_with_a_teachers_keys(name: str) -
 def test_teachers_without_a_network_say_their_kind() -> None:
     assert node("teacher", "none") == {"kind": "none"}
     assert node("teacher", "truth") == {"kind": "truth", "extra": "truth_logits"}
+    assert node("teacher", "snapshot") == {"kind": "snapshot"}
+    assert node("teacher", "ema") == {"kind": "ema", "decay": 0.999}
 
 
 @pytest.mark.parametrize("group", ["student", "teacher"])
