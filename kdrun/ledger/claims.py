@@ -158,6 +158,8 @@ class _Wording:
         self.low, self.high = (math.nan, math.nan) if gap.low is None or gap.high is None else (gap.low, gap.high)
         self.kind = kind(claim.metric)
         self.unit = "" if self.kind is None else self.kind.difference_unit
+        if claim.right is None and self.unit == "points":  # a value and no difference of two
+            self.unit = "percent"
         self.where = "" if claim.metric == primary else f" in {claim.metric}"
 
     def sentence(self, holds: bool | None) -> str:
@@ -220,4 +222,4 @@ class _Wording:
         return f"{self._number(value, sign)} {self.unit}".rstrip()
 
     def _number(self, value: float, sign: str = "") -> str:
-        return format(value, sign + {"points": ".2f", "nats": ".4f"}.get(self.unit, ".4g"))
+        return format(value, sign + {"points": ".2f", "percent": ".2f", "nats": ".4f"}.get(self.unit, ".4g"))
