@@ -32,7 +32,7 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
         table.add_column(heading, justify="left" if heading in ("", "from") else "right")
     rows = [("teacher", f"teacher ({composed.choices['teacher']})", summary["teacher"].get(metric))] if metric in summary["teacher"] else []
     method = composed.choices["objective"]
-    rows.append((method, f"{method} ({composed.choices['student']})", summary["value"]))
+    rows.append((method, f"{composed.tree['method'] or method} ({composed.choices['student']})", summary["value"]))
     for name, label, value in rows:
         published = lookup(tree["published"], facts, name, metric)
         beside = ["-", "", ""]

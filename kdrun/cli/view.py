@@ -15,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from kdrun.cli.console import err, out
 from kdrun.engine.report import Reporter
+from kdrun.evaluation.metrics import KINDS, kind
+
+MOST_METRICS = 7  # of a split on one line
 
 PLAIN_SECONDS = 10.0  # between two progress lines in a pipe
 
@@ -37,9 +40,17 @@ def terms_text(record: Mapping[str, Any]) -> str:
 
 
 def metrics_text(results: Mapping[str, Mapping[str, float]]) -> str:
-    units = {"top1": "%", "top5": "%", "ece": "%", "agreement": "%"}
-    shown = ("top1", "top5", "nll", "ece", "agreement", "kl_teacher")
-    return "; ".join(f"{split}: " + " ".join(f"{k} {v[k]:.4g}{units.get(k, '')}" for k in shown if k in v) for split, v in results.items())
+    """Of each split its first metrics, in the order of the evaluation; those of single classes stand in the files alone."""
+    return "; ".join(f"{split}: {' '.join(_metric(k, v[k]) for k in _main(v)[:MOST_METRICS])}" for split, v in results.items())
+
+
+def _main(metrics: Mapping[str, float]) -> list[str]:
+    return [name for name in metrics if name in KINDS or name.startswith("top")]
+
+
+def _metric(name: str, value: float) -> str:
+    told = kind(name)
+    return f"{name} {value:.4g}{'%' if told is not None and told.unit == 'percent' else ''}"
 
 
 class PlainReporter(Reporter):
@@ -135,4 +146,4 @@ class LiveReporter(PlainReporter):
 
 
 def _short(results: Mapping[str, Mapping[str, float]]) -> str:
-    return " ".join(f"{split} {v['top1']:.1f}%" for split, v in results.items() if "top1" in v)
+    return " ".join(f"{split} {_metric(_main(v)[0], v[_main(v)[0]])}" for split, v in results.items() if _main(v))
