@@ -180,7 +180,6 @@ class _Findings:
                 for p in refused.problems:
                     self.add(p.what, p.key, p.remedy)
 
-
     def network(self, node: Any, keys: type, group: str) -> None:
         """Hold a network's own arguments against the types of its signature. What it does not know, lacks or refuses is said when it is
         built: only then are the data's classes and channels known."""

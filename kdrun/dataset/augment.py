@@ -1,7 +1,7 @@
 """Image augmentation whose every draw is a function of (seed, view, sample id).
 
-`PadCropFlip` is batched tensor code on uint8 images, on whatever device they lie; `ResizedCropFlip` runs torchvision's
-transforms image by image in the workers. Both end in torchvision's ToTensor and Normalize, to the last bit.
+`PadCropFlip` and `Rotate` are batched tensor code on uint8 images, on whatever device they lie; `ResizedCropFlip` runs torchvision's
+transforms image by image in the workers. All end in torchvision's ToTensor and Normalize, to the last bit.
 """
 
 from __future__ import annotations
@@ -80,6 +80,37 @@ def crop_flip(images: Tensor, corner: Tensor, mirrored: Tensor, padding: int) ->
     pixels = (rows[:, :, None] * (W + 2 * padding) + columns[:, None, :]).view(B, 1, H * W)
     padded = F.pad(images, [padding] * 4).view(B, C, -1)
     return padded.gather(2, pixels.expand(-1, C, -1)).view(B, C, H, W)
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """torchvision's RandomRotation(degrees) before another transform: about the centre, the nearest pixel, black corners."""
+
+    then: PadCropFlip
+    degrees: float  # of rotation at most, either way
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        return self.then.sample(image, key)
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        if request.augment:
+            inputs = rotate(inputs, self.draws(request).to(inputs.device, non_blocking=True))
+        return self.then.batch(inputs, request)
+
+    def draws(self, request: Request) -> Tensor:
+        """The angle of every image in degrees, float32 [B], uniform in [-degrees, degrees)."""
+        return self.degrees * (2 * rng.uniform(rng.key(request.seed, "rotate"), request.view, request.ids) - 1)
+
+
+def rotate(images: Tensor, angles: Tensor) -> Tensor:
+    """Turn images [B, C, H, W] counter-clockwise about their centres by `angles` [B] in degrees; what comes from outside is 0."""
+    H, W = images.shape[2:]
+    cos, sin = torch.cos(angles.deg2rad()), torch.sin(angles.deg2rad())
+    none = torch.zeros_like(cos)
+    # From a place in the result to one in the image, both from -1 to 1 over each side.
+    back = torch.stack([torch.stack([cos, -sin * H / W, none], 1), torch.stack([sin * W / H, cos, none], 1)], 1)
+    grid = F.affine_grid(back, list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(grid.dtype), grid, mode="nearest", align_corners=False).to(images.dtype)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kdrun.dataset import labels
-from kdrun.dataset.augment import Interpolation, Normalise, PadCropFlip, ResizedCropFlip
-from kdrun.dataset.base import Data, Resident, Split, Storage
+from kdrun.dataset.augment import Interpolation, Normalise, PadCropFlip, ResizedCropFlip, Rotate
+from kdrun.dataset.base import Data, Resident, Split, Storage, Transform
 from kdrun.dataset.decode import IMAGE_COLUMNS, Decoder, ImageColumn
 from kdrun.dataset.files import Files, Format, Table, extra_columns, find_column
 from kdrun.dataset.select import Selection, select
@@ -48,6 +48,7 @@ class ImageData:
     crop: Literal["pad", "resized"] = "pad"
     padding: int = 0
     flip: float = 0.0
+    rotation: float = 0.0  # degrees at most either way, before padding, crop and flip
     scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     interpolation: Interpolation = "bilinear"
@@ -71,6 +72,10 @@ class ImageData:
             raise ValueError(f"std must be above 0, not {self.std}")
         if self.crop == "resized" and self.resident:
             raise ValueError("crop=resized works on streamed images: dataset.resident=false")
+        if self.rotation and self.crop == "resized":
+            raise ValueError(f"rotation={self.rotation}: works with dataset.crop=pad")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation={self.rotation}: legal range [0, 180] degrees")
         if not self.resident and (shape is None or self.mean is None):
             raise ValueError("streamed images (resident=false) need input_shape, mean and std")
         if shape is not None and self.crop == "resized" and self.eval_resize < max(shape[1:]):
@@ -130,9 +135,10 @@ class ImageData:
         channels = shape[0] if shape else (self.input_shape or [3])[0]
         return Decoder(channels, self.convert, (self.resize, self.resize) if self.resize else None, shape[1:] if shape else None)
 
-    def _transform(self, shape: tuple[int, int, int], normalise: Normalise) -> PadCropFlip | ResizedCropFlip:
+    def _transform(self, shape: tuple[int, int, int], normalise: Normalise) -> Transform:
         if self.crop == "pad":
-            return PadCropFlip(normalise, self.padding, self.flip)
+            cropped = PadCropFlip(normalise, self.padding, self.flip)
+            return Rotate(cropped, self.rotation) if self.rotation else cropped
         scale, ratio = (self.scale[0], self.scale[1]), (self.ratio[0], self.ratio[1])
         return ResizedCropFlip(normalise, shape[1:], scale, ratio, self.interpolation, self.flip, self.eval_resize, self.eval_interpolation)
 

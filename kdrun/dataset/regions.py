@@ -58,8 +58,11 @@ class RegionData:
         centres = SPREAD * torch.randn(self.classes, self.dimensions, generator=source, dtype=torch.float64)
         inner = SPREAD * torch.randn(self.classes, SUB_CENTRES, self.dimensions, generator=source, dtype=torch.float64)
         labelled = self._draw("labelled", self.n_labelled, centres, inner, easy=True)
-        drawn = {name: self._draw(name, size, centres, inner) for name, size in
-                 (("pool", self.n_pool), ("validation", self.n_validation), ("test", self.n_test)) if size}
+        drawn = {
+            name: self._draw(name, size, centres, inner)
+            for name, size in (("pool", self.n_pool), ("validation", self.n_validation), ("test", self.n_test))
+            if size
+        }
         train = tuple(torch.cat(parts) for parts in zip(labelled, drawn.pop("pool"), strict=True)) if self.n_pool else labelled
         splits, first = {}, 0
         for name, (y, x, region, said) in {"train": train, **drawn}.items():

@@ -61,9 +61,7 @@ def _metric(entry: Mapping[str, Any], split: str, name: str) -> float:
     return float(metrics[name])
 
 
-def best_epoch(
-    history: Sequence[Mapping[str, Any]], split: str, name: str, remedy: str = "", ties: str = "first"
-) -> Mapping[str, Any]:
+def best_epoch(history: Sequence[Mapping[str, Any]], split: str, name: str, remedy: str = "", ties: str = "first") -> Mapping[str, Any]:
     """The entry whose metric on a split is best. Raises `Refused` where no entry has a number there."""
     entries = [entry for entry in history if entry.get(split)]
     if not entries:

@@ -43,7 +43,6 @@ class Sampler(Evaluation):
     sample.
     """
 
-    every_epochs: float = 1
     primary: str = "ua"
     forget: int = 0
     override: int | None = 1

@@ -99,7 +99,7 @@ class AlphaLog:
         self.state["log_group_of"].index_copy_(0, ids, groups)
 
     def means(self) -> dict[str, float]:
-        """alpha_mean, the mean of every group that occurs, and alpha_gap, by how much noisy is above corrupted; {} before the first step."""
+        """alpha_mean, the mean of every group that occurs, and alpha_gap = alpha_noisy - alpha_corrupted; {} before the first step."""
         alpha, group = self.state["log_alpha_of"], self.state["log_group_of"]
         members = {"alpha_mean": group >= 0} | {f"alpha_{name}": group == i for i, name in enumerate(GROUPS)}
         found = {name: float(alpha[these].double().mean()) for name, these in members.items() if bool(these.any())}

@@ -94,7 +94,9 @@ class Federated(Plan):
         if tree["teacher"].get("kind", "none") != "none":
             found.append(Problem("the clients are each other's teacher", "teacher", "", "teacher=none"))
         if self.start_from and self.students:
-            found.append(Problem("one student's weights do not fit into networks of several kinds", "plan.students", "", "plan.students=[]"))
+            found.append(
+                Problem("one student's weights do not fit into networks of several kinds", "plan.students", "", "plan.students=[]")
+            )
         if tree["optim"]["epochs"] != self.rounds or tree["optim"].get("steps"):
             what = f"a round is an epoch, and {self.rounds} rounds are planned"
             found.append(Problem(what, "optim.epochs", "", f"optim.epochs={self.rounds} optim.steps=null"))

@@ -59,7 +59,7 @@ def test_python_dash_m_tells_the_version() -> None:
     ("typed", "offered"),
     [
         ("rec", ["recipe="]),
-        ("objective=d", ["objective=dist", "objective=dkd"]),
+        ("objective=dk", ["objective=dkd"]),
         ("teacher=resnet5", ["teacher=resnet50", "teacher=resnet56"]),
         ("recipe=pld_cifar100_", ["recipe=pld_cifar100_bench"]),
         ("hardware=", ["hardware=auto", "hardware=cpu", "hardware=gpu", "hardware=multi_gpu", "hardware=slurm"]),

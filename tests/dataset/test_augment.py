@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.transforms import functional as TF
 
-from kdrun.dataset.augment import Normalise, PadCropFlip, ResizedCropFlip, crop_flip, local_rng
+from kdrun.dataset.augment import Normalise, PadCropFlip, ResizedCropFlip, Rotate, crop_flip, local_rng, rotate
 from kdrun.dataset.base import Request
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -90,6 +90,43 @@ def test_views_seeds_and_samples_draw_differently() -> None:
     for other in (request(ids, view=1), request(ids, seed=2), request(ids + 100)):
         drawn = torch.cat([d.long().view(100, -1) for d in transform.draws(other)], 1)
         assert (drawn == base).all(1).float().mean() < 0.1  # by chance 1 in 162
+
+
+@pytest.mark.parametrize("size", [(64, 64), (12, 20)])
+def test_the_same_angle_gives_torchvisions_pixels(size: tuple[int, int]) -> None:
+    x = images(20, *size)
+    transform = Rotate(PadCropFlip(Normalise(MEAN, STD)), 20)
+    asked = request(torch.arange(20))
+    angles = transform.draws(asked)
+    out = transform.batch(x, asked)
+    reference = torch.stack([TF.to_tensor(TF.rotate(pil(i), float(a))) for i, a in zip(x, angles, strict=True)])
+    reference = TF.normalize(reference, MEAN, STD)
+    # Where two pixels are equally near the two may take different ones.
+    assert (out != reference).any(1).float().mean() < 1e-3
+
+
+def test_angles_are_uniform_either_way_and_belong_to_sample_view_and_seed() -> None:
+    transform = Rotate(PadCropFlip(Normalise(MEAN, STD), 2, 0.5), 20)
+    asked = request(torch.arange(20_000))
+    angles = transform.draws(asked)
+    cells = torch.histc(angles, 40, -20, 20)
+    assert float(angles.abs().max()) <= 20
+    assert ((cells - 500).square() / 500).sum() < 40 + 4 * (2 * 40) ** 0.5
+    assert torch.equal(transform.draws(request(torch.arange(100, 200))), angles[100:200])
+    for other in (request(asked.ids, view=1), request(asked.ids, seed=2)):
+        assert abs(float(torch.corrcoef(torch.stack([angles, transform.draws(other)]))[0, 1])) < 4 / 20_000**0.5
+    mirrored = transform.then.draws(asked)[1].float()
+    assert abs(float(torch.corrcoef(torch.stack([angles, mirrored]))[0, 1])) < 4 / 20_000**0.5
+
+
+def test_a_rotation_is_left_out_of_evaluation_and_comes_before_crop_and_flip() -> None:
+    x, then = images(8), PadCropFlip(Normalise(MEAN, STD), 2, 0.5)
+    plain = request(torch.arange(8), augment=False)
+    assert torch.equal(Rotate(then, 20).batch(x, plain), then.batch(x, plain))
+    asked = request(torch.arange(8))
+    assert torch.equal(Rotate(then, 20).batch(x, asked), then.batch(rotate(x, Rotate(then, 20).draws(asked)), asked))
+    turned = rotate(x, torch.full((8,), 90.0))
+    assert torch.equal(turned, x.rot90(1, (2, 3)))
 
 
 def test_resized_crop_is_torchvisions_under_the_same_seed() -> None:

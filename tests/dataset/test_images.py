@@ -99,6 +99,7 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         of("d", {"train": (pixel, y), "test": test}),
         of("e", padding=1),
         of("f", flip=0.5),
+        of("m", rotation=20.0),
         of("g", mean=[0.4] * 3),
         of("h", subset=6),
         of("i", validation=0.3),
@@ -106,7 +107,7 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         of("k", input_shape=[3, 8, 8], resident=False, workers=0),
         of("l", {"train": (pixel, y), "test": test}, input_shape=[3, 8, 8], resident=False, workers=0),
     ]
-    assert len({base, *changed}) == 12
+    assert len({base, *changed}) == 13
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,8 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         ({"resident": False}, "need input_shape, mean and std"),
         ({"flip": 1.5}, "flip=1.5"),
         ({"padding": -1}, "padding=-1"),
+        ({"rotation": 200.0}, "rotation=200"),
+        ({"rotation": 20.0, "crop": "resized", "resident": False}, "dataset.crop=pad"),
         ({"scale": [0.5]}, "two numbers"),
         ({"ratio": [2.0, 0.5]}, "the smaller first"),
         (

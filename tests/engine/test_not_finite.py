@@ -91,7 +91,11 @@ def test_what_json_has_no_number_for_is_null_in_every_record(tmp_path: Path) -> 
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse) == {"a": None, "b": [None, 1.5, {"c": None}], "d": [1, None]}
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse) == {
+        "a": None,
+        "b": [None, 1.5, {"c": None}],
+        "d": [1, None],
+    }
 
 
 def test_a_bad_step_on_an_accelerator_is_found_at_the_next_logging_step_and_nothing_after_it_is_saved(

@@ -41,7 +41,7 @@ def assert_ranks_change_nothing(base: list[str], ranks: list[str], tmp_path: Pat
         pytest.param(PLD, [], id="pld"),  # no coupling
         pytest.param(CRD, [], id="crd"),  # features gathered with gradient, connectors, state
         pytest.param(RKD, FSDP2, id="rkd-fsdp2"),
-        pytest.param(EVERY_OTHER, [], id="every-other"),  # a connector without gradient at some steps
+        pytest.param(EVERY_OTHER, [], id="every-other", marks=pytest.mark.slow),  # a connector without gradient at some steps
         pytest.param(RKD, [], id="rkd", marks=pytest.mark.slow),
         pytest.param(DIST, [], id="dist", marks=pytest.mark.slow),
         pytest.param(PLD, ["hardware.micro_batch=5"], id="pld-accumulated", marks=pytest.mark.slow),

@@ -125,6 +125,18 @@ def test_nothing_to_learn_from_is_refused() -> None:
     assert make("ff_g2m", weight=1.0, use_low=False, use_high=False).weight == 1.0
 
 
+@pytest.mark.parametrize("name", ["ff_g2m", "glnn"])
+def test_a_graph_on_every_rank_is_a_graph_on_one(name: str) -> None:
+    """Law 1 as the loop makes it: sums and counts both add up over ranks."""
+    objective, h, ids = make(name), H.clone().requires_grad_(), torch.arange(3)
+    weights = objective.weights(PROGRESS)
+    ranks = [(terms(objective, h), objective.count(Batch(h, LABELS, ids, ids, {"edge_index": PATH}))) for _ in range(2)]
+    counts = {unit: sum(int(counted[unit]) for _, counted in ranks) for unit in ranks[0][1]}
+    total = torch.stack([weights[k] * term.sum / counts[term.unit] for found, _ in ranks for k, term in found.items()]).sum()
+    assert total.item() == pytest.approx(loss(objective).item(), abs=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(total, h), torch.autograd.grad(loss(objective, h), h), rtol=1e-12, atol=1e-14)
+
+
 def test_the_weight_does_not_move() -> None:
     late = Progress(step=90, total_steps=100, steps_per_epoch=1)
     assert make("ff_g2m", weight=0.3).weights(late) == {"ce": 0.3, "node": 0.7, "low": 0.7, "high": 0.7}
@@ -157,6 +169,7 @@ NUMBERS = ("top1", "nll", "kl_teacher", "edge_kl", "neighbour_cosine")
 RANKS = ["hardware=multi_gpu", "hardware.device=cpu", "hardware.procs=2"]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains(tmp_path: Path) -> None:
     """Law 1: every rank has the whole graph, and sums and counts double together. Without dropout, which ranks draw apart."""
     run(TINY, tmp_path / "one")

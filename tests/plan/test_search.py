@@ -15,16 +15,18 @@ from torch import nn
 
 from kdrun.config.check import check
 from kdrun.config.compose import compose
+from kdrun.engine.build import load_data
 from kdrun.engine.records import STUDENT_FILE, SUMMARY, read_json
 from kdrun.errors import Refused, RunFailed
 from kdrun.plan import scoring
+from kdrun.plan.candidates import Candidates
 from kdrun.plan.evolution import Evolution, Step, evolve
 from kdrun.plan.scoring import Side, initialise, likeness, look
 from kdrun.student.space import StageSpace
 from kdrun.student.stage_resnet import stage_resnet
 from kdrun.types import Batch
 from tests.conftest import Outcome
-from tests.engine.running import Killed, Notes, assert_bit_equal, assert_same_run, parameters, run, run_killed, weights
+from tests.engine.running import Killed, Notes, assert_bit_equal, assert_same_run, parameters, run, run_killed, training_lines, weights
 
 TINY = [
     "dataset=glyphs", "dataset.size=8", "dataset.shift=1", "dataset.n_train=48", "dataset.n_test=16", "objective=kd", "plan=search",
@@ -278,12 +280,11 @@ def test_the_winner_is_trained_by_the_ordinary_loop(tmp_path: Path) -> None:
 
 
 def test_trials_are_taught_by_the_trained_teacher(tmp_path: Path) -> None:
-    summary = run([*TINY, "plan.trials=3"], tmp_path / "run")
-    for trial in (tmp_path / "run" / "trials").iterdir():
-        told = ["plan.candidate=" + trial.name, "plan.trials=1"]
-        alone = run([*TINY, *told], tmp_path / trial.name)
-        assert summary["search"]["candidates"][trial.name]["accuracy"] == alone["test"]["top1"]
-        assert (trial / "metrics.jsonl").read_text().count('"loss"') == 3
+    summary = run([*TINY, "plan.trials=2"], tmp_path / "run")
+    (trial,) = (tmp_path / "run" / "trials").iterdir()
+    alone = run([*TINY, f"plan.candidate={trial.name}"], tmp_path / "alone")
+    assert summary["search"]["candidates"][trial.name]["accuracy"] == alone["test"]["top1"]
+    assert training_lines(trial) == [{**line, "stage": f"trials {trial.name}"} for line in training_lines(tmp_path / "alone")]
 
 
 @pytest.mark.parametrize(("candidate", "expected"), [("largest", "222"), ("121", "121"), ("random:2", None)])
@@ -296,14 +297,27 @@ def test_a_candidate_may_be_named_and_then_nothing_is_scored(
     assert summary["search"]["candidates"] == {}
 
 
-def test_random_picks_are_different_networks_and_the_seed_draws_them(tmp_path: Path) -> None:
-    def pick(seed: int, k: int) -> str:
-        overrides = [*ALONE, "run.dry=true", f"seed={seed}", f"plan.candidate=random:{k}"]
-        return str(run(overrides, tmp_path / f"{seed}-{k}")["search"]["picked"])
+def field(*overrides: str) -> Candidates:
+    tree = compose([*ALONE, *overrides]).tree
+    plan = tree["plan"]
+    return Candidates(StageSpace.of(plan["space"]), tree, load_data(tree), plan["budget"], plan["budget_of"])
 
-    picks = [pick(1, k) for k in (1, 2, 3, 4)]
-    assert len(set(picks)) == 4
-    assert [pick(2, k) for k in (1, 2, 3, 4)] != picks
+
+def test_random_picks_are_different_networks_and_the_key_draws_them() -> None:
+    candidates = field("plan.budget=median")
+    picks = [candidates.named(f"random:{k}", 1) for k in (1, 2, 3, 4)]
+    assert set(picks) == set(candidates.within)
+    assert [candidates.named(f"random:{k}", 2) for k in (1, 2, 3, 4)] != picks
+
+
+def test_a_budget_may_be_of_operations() -> None:
+    candidates = field("plan.budget=median", "plan.budget_of=flops")
+    assert len(candidates.within) == 4
+    assert max(candidates.costs[a] for a in candidates.within) <= candidates.limit  # type: ignore[operator]
+    assert candidates.costs != candidates.parameters
+    deeper = candidates.space.find("211")
+    # A block of 2 channels on 8x8: two 3x3 convolutions, a multiply-add is two operations.
+    assert candidates.costs[deeper] - candidates.costs[candidates.space.find("111")] == 2 * 2 * 9 * 2 * 2 * 64
 
 
 def test_the_largest_within_the_budget_and_nothing_above_it(tmp_path: Path) -> None:

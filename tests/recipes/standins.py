@@ -25,7 +25,12 @@ def write_imagenet(folder: Path) -> Path:
 def write_labelled(folder: Path) -> dict[str, Path]:
     """Pictures of ten classes in the sizes of CIFAR-10 and STL-10."""
     rows = {"train": 20, "test": 10}
-    schemas = {"cifar10": ("img", 32, "RGB"), "stl10": ("image", 96, "RGB"), "mnist": ("image", 28, "L"), "fashion_mnist": ("image", 28, "L")}
+    schemas = {
+        "cifar10": ("img", 32, "RGB"),
+        "stl10": ("image", 96, "RGB"),
+        "mnist": ("image", 28, "L"),
+        "fashion_mnist": ("image", 28, "L"),
+    }
     return {name: write_parquet(folder / name, column, {"label": 10}, size, rows, mode) for name, (column, size, mode) in schemas.items()}
 
 

@@ -153,6 +153,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
 def test_the_option_states_every_field() -> None:
     node = yaml.safe_load((Path(__file__).parents[2] / "conf" / "source" / "federated.yaml").read_text())
     assert node.pop("_target_") == "kdrun.source.federated.Federated"
-    assert (node.pop("local_steps"), node.pop("distill_steps")) == ("${plan.local_steps}", "${plan.distill_steps}")
+    steps = [node.pop(key) for key in ("local_steps", "distill_steps")]
+    assert steps == ["${oc.select:plan.local_steps,8}", "${oc.select:plan.distill_steps,16}"]
     assert node == {k: v for k, v in vars(Federated()).items() if k in node}
     assert len(node) + 2 == len(vars(Federated()))
