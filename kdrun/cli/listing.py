@@ -107,11 +107,14 @@ def _state(folder: Path, summary: dict[str, Any] | None) -> str:
 
 
 def _result(summary: dict[str, Any] | None) -> str:
+    from kdrun.ledger.table import number
+
     if summary is None:
         return ""
+    metric = summary["metric"]
     if "arms" in summary:
-        return "  ".join(f"{arm} {row[summary['metric']]['mean']:.2f}" for arm, row in summary["arms"].items())
-    return f"{summary['metric']} {summary['value']:.2f}"
+        return "  ".join(f"{arm} {number(row[metric]['mean'], metric)}" for arm, row in summary["arms"].items())
+    return f"{metric} {number(summary['value'], metric)}"
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from kdrun.ledger.table import number, ranked, unit
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,11 +40,12 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
         beside = ["-", "", ""]
         if published:
             source = f"{published.table}, {published.protocol}, n={published.n or '?'}"
-            beside = [f"{published.value:.2f}", f"{value - published.value:+.2f}", escape(source)]
-        table.add_row(label, f"{value:.2f}", *(beside if paper else []))
+            difference = None if value is None else value - published.value
+            beside = [number(published.value, metric), number(difference, metric, "+"), escape(source)]
+        table.add_row(label, number(value, metric), *(beside if paper else []))
     console.print(table)
     others = {k: v for k, v in summary["test"].items() if k != metric}
-    console.print("  ".join(f"{k} {v:.4g}" for k, v in others.items()), soft_wrap=True)
+    console.print("  ".join(f"{k} {'NaN' if v is None else format(v, '.4g')}" for k, v in others.items()), soft_wrap=True)
     changed = changed_from_recipe(composed)
     if changed and paper:
         console.print(f"[{BAD}]not the published setting[/]: {escape(', '.join(changed))} set on the command line", soft_wrap=True)
@@ -54,24 +57,24 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
 
 def show_comparison(console: Console, composed: Composed, document: dict[str, Any]) -> None:
     """The end of a comparison: every arm with its interval, differences to the method paired by seed, claims, verdict."""
-    metric, method = document["metric"], document["method"]
+    metric, method, arms = document["metric"], document["method"], document["arms"]
     n = len(document["seeds"])
-    console.print(
-        f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {metric} over {n} seed{'s' if n > 1 else ''}", soft_wrap=True
-    )
+    what = f"{_with_unit(metric)} over {n} seed{'s' if n > 1 else ''}"
+    console.print(f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {what}", soft_wrap=True)
     table = Table()
     table.add_column("arm")
     for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
         table.add_column(heading, justify="right")
     if metric in document["teacher"]:
-        table.add_row("teacher", f"{document['teacher'][metric]:.2f}", "", "", "", "", style="dim")
-    ordered = sorted(document["arms"], key=lambda a: document["arms"][a][metric]["mean"])
-    for arm in ordered:
-        row, gap = document["arms"][arm][metric], document["differences"].get(arm)
-        cells = [arm_label(arm), f"{row['mean']:.2f}", _number(row["sd"]), _interval(row["low"], row["high"])]
-        cells += [f"{gap['mean']:+.2f}", _interval(gap["low"], gap["high"], "+")] if gap else ["", ""]
+        table.add_row("teacher", number(document["teacher"][metric], metric), "", "", "", "", style="dim")
+    for arm in reversed(ranked(arms, metric)):
+        row, gap = arms[arm][metric], document["differences"].get(arm)
+        spread = "" if row["sd"] is None else number(row["sd"], metric)
+        cells = [arm_label(arm), number(row["mean"], metric), spread, _interval(row, metric)]
+        cells += [number(gap["mean"], metric, "+"), _interval(gap, metric, "+")] if gap else ["", ""]
         table.add_row(*cells, style="bold" if arm == method else None)
     console.print(table)
+    _further_metrics(console, composed, document)
     words = {True: f"[{GOOD}]shows[/]", False: f"[{BAD}]does not show[/]", None: f"[{BAD}]open[/]"}
     for claim in document["claims"]:
         console.print(f"claim {escape(claim['text'])}: {words[claim['holds']]}; {escape(claim['sentence'])}", soft_wrap=True)
@@ -89,6 +92,23 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
         console.print(f"[{BAD}]tainted[/] ({escape(', '.join(document['tainted']))}): may not enter the ledger", soft_wrap=True)
     _published_elsewhere(console, composed)
     _next_commands(console, composed, document)
+
+
+def _further_metrics(console: Console, composed: Composed, document: dict[str, Any]) -> None:
+    """A line for each metric that a claim speaks of beside the primary one: its mean for every arm that has it."""
+    from kdrun.ledger.claims import parse_claim
+
+    primary = document["metric"]
+    named = dict.fromkeys(m for text in composed.tree["claims"] for _, m in parse_claim(text, primary).sides if m != primary)
+    for metric in named:
+        arms = {arm: row for arm, row in document["arms"].items() if metric in row}
+        if arms:
+            means = ", ".join(f"{arm} {number(arms[arm][metric]['mean'], metric)}" for arm in ranked(arms, metric))
+            console.print(f"{_with_unit(metric)}: {means}", soft_wrap=True)
+
+
+def _with_unit(metric: str) -> str:
+    return f"{metric} ({unit(metric)})" if unit(metric) else metric
 
 
 def arm_label(arm: str) -> str:
@@ -121,9 +141,6 @@ def relative(folder: str | Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
-def _interval(low: float | None, high: float | None, sign: str = "") -> str:
-    return "" if low is None or high is None else f"{low:{sign}.2f} to {high:{sign}.2f}"
+def _interval(row: dict[str, Any], metric: str, sign: str = "") -> str:
+    low, high = row["low"], row["high"]
+    return "" if low is None or high is None else f"{number(low, metric, sign)} to {number(high, metric, sign)}"

@@ -28,11 +28,12 @@ class Run:
 class Schedule:
     """How the learning rate moves. `milestones` below 1 are fractions of the run, others are epochs."""
 
-    name: Literal["constant", "cosine", "multistep"] = "constant"
+    name: Literal["constant", "cosine", "multistep", "poly"] = "constant"
     milestones: list[float] = field(default_factory=list)
     gamma: float = 0.1
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
+    power: float = 0.9  # poly: of the share of the run that is left
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,8 @@ def steps_in_epoch(tree: Mapping[str, Any], data: Data) -> int:
         return 1
     if tree["source"].get("steps_per_epoch"):
         return int(tree["source"]["steps_per_epoch"])
-    per_epoch = samples // int(batch_size) if tree["source"].get("drop_last") else -(-samples // int(batch_size))
+    batch_size = int(batch_size or samples)
+    per_epoch = samples // batch_size if tree["source"].get("drop_last") else -(-samples // batch_size)
     if per_epoch == 0:
         raise Refused(
             Problem(f"{samples} training samples make no batch of {batch_size}", "source.batch_size", "", f"source.batch_size={samples}")

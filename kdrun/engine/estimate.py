@@ -71,8 +71,8 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     """Parameters, FLOPs, taps, steps, memory and (with `probe`) seconds, as plain data. Raises `Refused` as the run would."""
     tree = dict(composed.tree)
     # Weights cost no time here and may need a network; the outside of a model is the same without them.
-    tree["teacher"] = {**tree["teacher"], **({"pretrained": False} if "pretrained" in tree["teacher"] else {})}
-    tree["student"] = {**tree["student"], **({"pretrained": False} if "pretrained" in tree["student"] else {})}
+    for who in ("teacher", "student"):
+        tree[who] = {**tree[who], **{key: False for key in ("pretrained", "pretrained_backbone") if key in tree[who]}}
     device = pick_device(tree["hardware"])
     set_up(tree["hardware"], device)
     data = stand_in(tree["dataset"]) or load_data(tree)
@@ -87,7 +87,7 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     if isinstance(built.teacher, LiveTeacher) and built.teacher.spec is not None:
         models["teacher"] = _model(bare(built.teacher.module), data)
         taps |= {f"teacher {n}": list(s) for n, s in built.teacher.spec.taps.items()}
-    batch = int(tree["source"]["batch_size"])
+    batch = int(tree["source"].get("batch_size") or len(data.split("train")))
     micro = tree["hardware"]["micro_batch"] or batch
     micro = max(micro) if isinstance(micro, list) else min(int(micro), batch)
     document: dict[str, Any] = {
@@ -161,8 +161,9 @@ class _NoHooks:
 
 def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dict[str, str]:
     """The estimate in words."""
-    steps, epochs = document["total_steps"], composed.tree["optim"]["epochs"]
-    found = {"schedule": f"{epochs:g} epochs of {document['steps_per_epoch']} steps of {document['batch']} samples: {steps:,} steps"}
+    steps, per_epoch, batch = document["total_steps"], document["steps_per_epoch"], document["batch"]
+    epochs = steps / per_epoch
+    found = {"schedule": f"{epochs:.4g} epochs of {per_epoch} steps of {batch} samples: {steps:,} steps"}
     stages = instantiate(composed.tree["plan"], "plan", allowed(composed.tree)).describe()
     if stages:
         found["plan"] = f"{stages}; the figures here are of the first stage"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from kdrun.teacher.silent import NoTeacher
 from kdrun.types import Batch, Needs, Teacher
 
 BATCH = 500
+ELEMENTS = 2**24  # of the inputs of one forward pass: fewer rows at once where they are large
 LOGITS = Needs(teacher_logits=True)
 
 
@@ -46,7 +48,8 @@ class Evaluator:
     def batches(self, split: str) -> Iterator[Batch]:
         """This rank's rows of a split, in order, as evaluated."""
         size = len(self.data.split(split))
-        pieces = torch.arange(size).split(size if self.data.whole else BATCH)[self.ranks.rank :: self.ranks.world]
+        at_once = max(1, min(BATCH, ELEMENTS // max(1, math.prod(self.data.input_shape))))
+        pieces = torch.arange(size).split(size if self.data.whole else at_once)[self.ranks.rank :: self.ranks.world]
         return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
     def measure_all(self, network: nn.Module) -> dict[str, dict[str, float]]:

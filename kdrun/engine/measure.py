@@ -22,6 +22,9 @@ from kdrun.teacher.live import LiveTeacher
 from kdrun.teacher.silent import NoTeacher
 
 
+STUDENT = "student.module."  # of the student's weights in a learner's
+
+
 def measure(composed: Composed, path: Path, home: Path | None, latency: bool) -> dict[str, Any]:
     """Metrics on every split, and the cost, of the student in `path` (run folder, checkpoint folder or weights file)."""
     tree = composed.tree
@@ -72,7 +75,8 @@ def load_student(network: nn.Module, learner: nn.Module, path: Path) -> Path:
     if average:
         network.load_state_dict({k.removeprefix("module."): v for k, v in average.items() if k.startswith("module.")})
     else:
-        learner.load_state_dict(saved["learner"])
+        # The student alone: connectors may be made only when a run begins.
+        network.load_state_dict({k.removeprefix(STUDENT): v for k, v in saved["learner"].items() if k.startswith(STUDENT)})
     return path
 
 

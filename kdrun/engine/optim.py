@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -67,6 +67,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping[str, Any]
     }
     if schedule["name"] == "cosine":
         return CosineLRScheduler(optimizer, t_initial=total_steps, lr_min=schedule["min_lr"], **warmup)
+    if schedule["name"] == "poly":
+        return PolyLRScheduler(optimizer, t_initial=total_steps, power=schedule["power"], lr_min=schedule["min_lr"], **warmup)
     milestones = schedule["milestones"] if schedule["name"] == "multistep" else []
     # "Below 1" is a fraction of the run; otherwise epochs. The rate is lower from the step after so many steps are done, as
     # in the published protocols; timm compares its milestones with step + 1, hence the 1.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdrun.evaluation.metrics import kind
+
 COLUMNS = ("recipe", "published", "measured (95 % interval, n)", "rivals", "student alone", "teacher", "claims", "verdict", "cost")
+SHORT = 60  # letters of a published table's name that a row of another setting has room for
 
 SCALES = (
     ("paper", "At the published setting", "Not attempted yet: these need a GPU and hours."),
@@ -28,26 +33,48 @@ def cells(record: Mapping[str, Any]) -> list[str]:
     """One row, as text, in the order of COLUMNS."""
     metric, method = record["metric"], record["method"]
     arms = record["arms"]
-    published = record["published"]
-    rivals = ", ".join(
-        f"{arm} {row[metric]['mean']:.2f}"
-        for arm, row in sorted(arms.items(), key=lambda a: -a[1][metric]["mean"])
-        if arm not in (method, "ce")
-    )
+    rivals = ", ".join(f"{arm} {number(arms[arm][metric]['mean'], metric)}" for arm in ranked(arms, metric) if arm not in (method, "ce"))
     shown = [c for c in record["claims"] if c["holds"] is True]
     cost = record["cost"]
-    at_paper_scale = f"{published['value']:.2f} ({published['table']})" if published else "-"
     return [
         " ".join([record["recipe"], *(f"{group}={option}" for group, option in record.get("chosen", {}).items())]),
-        at_paper_scale if record["scale"] == "paper" else "another setting",
-        f"{method} {_measured(arms[method][metric])}",
+        _published(record),
+        f"{method} {_measured(arms[method][metric], metric)}",
         rivals or "-",
-        f"{arms['ce'][metric]['mean']:.2f}" if "ce" in arms else "-",
-        f"{record['teacher'][metric]:.2f}" if metric in record["teacher"] else "-",
+        number(arms["ce"][metric]["mean"], metric) if "ce" in arms else "-",
+        number(record["teacher"][metric], metric) if metric in record["teacher"] else "-",
         f"{len(shown)} of {len(record['claims'])} show",
         record["verdict"]["name"],
         f"{cost['seconds'] / 60:.0f} min on {cost['hardware'].split(',')[0]}",
     ]
+
+
+def number(value: float | None, metric: str, sign: str = "") -> str:
+    """A value of a metric, or a difference of two, for people: percentages with two decimals, all others with four significant digits.
+    None is how records keep what was not finite."""
+    told = kind(metric)
+    if value is None or math.isnan(value):
+        return "NaN"
+    return format(value, sign + (".2f" if told is not None and told.unit == "percent" else ".4g"))
+
+
+def unit(metric: str) -> str:
+    """The unit of a metric, "" for percentages, which need none, and for what has none or is not known."""
+    told = kind(metric)
+    return "" if told is None or told.unit == "percent" else told.unit
+
+
+def ranked(arms: Mapping[str, Any], metric: str) -> list[str]:
+    """The arms by the metric's own direction, the best first and what diverged last; as they stand where the direction is not known."""
+    told = kind(metric)
+    if told is None:
+        return list(arms)
+
+    def distance(arm: str) -> float:
+        mean = arms[arm][metric]["mean"]
+        return math.inf if mean is None or math.isnan(mean) else -mean if told.higher_is_better else mean
+
+    return sorted(arms, key=distance)
 
 
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +118,18 @@ def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _measured(row: Mapping[str, Any]) -> str:
-    interval = f" ({row['low']:.2f} to {row['high']:.2f}, {row['n']})" if row["low"] is not None else f" (n = {row['n']})"
-    return f"{row['mean']:.2f}{interval}"
+def _measured(row: Mapping[str, Any], metric: str) -> str:
+    """The metric is named where it is not the usual one."""
+    interval = f"n = {row['n']}" if row["low"] is None else f"{number(row['low'], metric)} to {number(row['high'], metric)}, {row['n']}"
+    words = ["" if metric == "top1" else metric, number(row["mean"], metric), unit(metric), f"({interval})"]
+    return " ".join(filter(None, words))
+
+
+def _published(record: Mapping[str, Any]) -> str:
+    """The published number; a bench row, which is another experiment, names its table only."""
+    published = record["published"]
+    if not published:
+        return "-"
+    if record["scale"] == "paper":
+        return f"{number(published['value'], published['metric'])} ({published['table']})"
+    return f"another setting: {textwrap.shorten(published['table'].partition(';')[0], SHORT, placeholder=' ...')}"

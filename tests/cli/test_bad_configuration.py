@@ -97,7 +97,7 @@ def test_a_network_s_own_argument_of_a_wrong_type_is_refused(
     [
         ("pld_cifar100", "write recipe=pld_cifar100"),  # the first guess of a newcomer
         ("resnet20", "write teacher=resnet20 or student=resnet20"),
-        ("objective", "objective=NAME, one of ce, "),
+        ("objective", "objective=NAME, one of acam_kd, ce, "),
         ("nonsense", "write nonsense=VALUE"),
     ],
 )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from rich.console import Console
 
 from kdrun.cli import session
+from kdrun.cli.tables import show_comparison
+from kdrun.config.compose import compose
+from kdrun.engine.records import write_json
 from kdrun.engine.stage import StageRun
 from tests.conftest import Outcome
 
@@ -71,6 +78,46 @@ def test_the_table_the_claims_and_the_verdict_are_printed(compared: tuple[Path, 
     shown = sum(c["holds"] is True for c in summary["claims"])
     assert f"verdict: {summary['verdict']['name']}; {shown} of {len(summary['claims'])} claims show" in out
     assert "note: a world of this size shows nothing" in out
+
+
+LOWER = {
+    "recipe": "small", "scale": "bench", "metric": "nll", "method": "pld", "seeds": [1, 2], "teacher": {"nll": 0.1},
+    "arms": {
+        "pld": {"nll": {"mean": 0.61234, "sd": 0.01, "low": 0.6, "high": 0.625}, "top1": {"mean": 60.0}, "mine": {"mean": 0.25}},
+        "ce": {"nll": {"mean": 1.9, "sd": None, "low": None, "high": None}, "top1": {"mean": 50.0}},
+        "kd": {"nll": {"mean": None, "sd": None, "low": None, "high": None}, "top1": {"mean": 55.123}},
+    },
+    "differences": {"ce": {"mean": -1.28766, "low": -1.4, "high": -1.2}, "kd": {"mean": None, "low": None, "high": None}},
+    "claims": [], "verdict": {"name": "underpowered", "reason": "2 runs measured"}, "notes": [], "tainted": [], "folder": "run",
+}  # fmt: skip
+
+
+def test_a_metric_of_which_less_is_better_is_told_in_its_unit_and_direction(own_recipes: Path) -> None:
+    """And a run that diverged, whose mean is null in the record, is shown as what it is."""
+    composed = compose(["recipe=small"], [own_recipes])
+    composed.tree["claims"] = ["pld < ce", "pld.top1 > ce.top1", "pld.mine < 0.5", "pld.top5 > ce.top5"]
+    told = Console(file=io.StringIO(), width=200)
+    show_comparison(told, composed, LOWER)
+    lines = told.file.getvalue().splitlines()
+    assert "small (bench scale): nll (nats) over 2 seeds" in lines
+    table = [re.split(r"\s*│\s*", line.strip("│ ")) for line in lines if line.startswith("│")]
+    assert table == [
+        ["teacher", "0.1", "", "", "", ""],
+        ["kd", "NaN", "", "", "NaN", ""],
+        ["ce (student alone)", "1.9", "", "", "-1.288", "-1.4 to -1.2"],
+        ["pld", "0.6123", "0.01", "0.6 to 0.625"],
+    ]
+    # A line for each further metric that a claim names, the best arm first; of top5 no arm has a number.
+    assert "top1: pld 60.00, kd 55.12, ce 50.00" in lines
+    assert "mine: pld 0.25" in lines
+    assert not [line for line in lines if line.startswith("top5")]
+
+
+def test_a_run_that_diverged_is_listed(kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]) -> None:
+    shutil.copytree(finished[0], here / "runs" / "one")
+    file = here / "runs" / "one" / "summary.json"
+    write_json(file, {**json.loads(file.read_text()), "value": math.nan})
+    assert kdrun("ls", "runs", "--root=runs", "--json").json[0]["result"] == "top1 NaN"
 
 
 def test_the_published_numbers_of_another_setting_stand_apart(compared: tuple[Path, Outcome]) -> None:

@@ -152,7 +152,7 @@ def test_the_live_line_tells_epoch_terms_rate_memory_and_time_left() -> None:
         live.progress.refresh()
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.getvalue())
     assert re.search(
-        r"student test 61\.2%.*5/20 epoch 0\.5  loss 1\.250 \(ce 1 kd 0\.5\)  lr 0\.05 4,321/s 3\.0 GiB [-\d]:[-\d]{2}:", plain
+        r"student test top1 61\.24%.*5/20 epoch 0\.5  loss 1\.250 \(ce 1 kd 0\.5\)  lr 0\.05 4,321/s 3\.0 GiB [-\d]:[-\d]{2}:", plain
     )
 
 

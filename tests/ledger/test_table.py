@@ -51,8 +51,45 @@ def test_a_row_holds_published_measured_rivals_student_and_teacher(record: dict[
     }
 
 
-def test_a_bench_row_does_not_stand_beside_the_paper_s_number(record: dict[str, Any]) -> None:
-    assert shown({**record, "scale": "bench"})["published"] == "another setting"
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("Table 1", "another setting: Table 1"),
+        ("CIFAR-100, ResNet-32x4 to ResNet-8x4; two READMEs", "another setting: CIFAR-100, ResNet-32x4 to ResNet-8x4"),
+        ("abstract: mean gain over the student and over the teacher, six data sets", "another setting: abstract: mean gain over the student and over the ..."),
+    ],
+)  # fmt: skip
+def test_a_bench_row_names_the_published_table_and_not_its_number(record: dict[str, Any], table: str, said: str) -> None:
+    bench = {**record, "scale": "bench", "published": {**record["published"], "table": table}}
+    assert shown(bench)["published"] == said
+    assert shown({**bench, "published": None})["published"] == "-"
+
+
+NLL = {"pld": {"nll": row(0.41234, 0.4, 0.4251)}, "ce": {"nll": row(0.9)}, "kd": {"nll": row(1.25)}, "dkd": {"nll": row(0.30001)}}
+BYTES = {"pld": {"bytes_up": row(1234567.0)}, "kd": {"bytes_up": row(150.0)}, "dkd": {"bytes_up": row(2e9)}}
+
+
+@pytest.mark.parametrize(
+    ("metric", "arms", "measured", "rivals", "alone"),
+    [
+        ("nll", NLL, "pld nll 0.4123 nats (0.4 to 0.4251, 3)", "dkd 0.3, kd 1.25", "0.9"),  # the lower the better
+        ("bytes_up", BYTES, "pld bytes_up 1.235e+06 bytes (n = 3)", "kd 150, dkd 2e+09", "-"),
+        ("miou", {"pld": {"miou": row(70.123)}, "kd": {"miou": row(71.0)}}, "pld miou 70.12 (n = 3)", "kd 71.00", "-"),
+        ("ours", {"pld": {"ours": row(3.0)}, "b": {"ours": row(1.0)}, "a": {"ours": row(2.0)}}, "pld ours 3 (n = 3)", "b 1, a 2", "-"),
+    ],
+)
+def test_a_metric_has_its_own_unit_digits_and_direction(
+    record: dict[str, Any], metric: str, arms: dict[str, Any], measured: str, rivals: str, alone: str
+) -> None:
+    told = shown({**record, "metric": metric, "arms": arms, "scale": "bench"})
+    assert (told["measured (95 % interval, n)"], told["rivals"], told["student alone"]) == (measured, rivals, alone)
+
+
+def test_what_diverged_comes_last_and_is_not_hidden(record: dict[str, Any]) -> None:
+    record["arms"]["dkd"]["top1"]["mean"] = None  # as a record keeps it
+    assert shown(record)["rivals"] == "kd 72.00, dkd NaN"
+    record["arms"]["pld"]["top1"] |= {"mean": None, "low": None, "high": None}
+    assert shown(record)["measured (95 % interval, n)"] == "pld NaN (n = 3)"
 
 
 def test_what_is_not_there_is_a_dash(record: dict[str, Any]) -> None:
@@ -90,7 +127,7 @@ def test_markdown_has_one_table_per_scale(record: dict[str, Any]) -> None:
     paper, bench = text.split("**Bench")
     assert "| pld_small | 73.97 (Table 1) |" in paper
     assert "pld_bench" not in paper
-    assert "| pld_bench | another setting |" in bench
+    assert "| pld_bench | another setting: Table 1 |" in bench
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {len(COLUMNS) + 1}
     assert tables[1] == "|" + "---|" * len(COLUMNS)
