@@ -21,7 +21,6 @@ from kdrun.student.weights import bare, load_weights
 from kdrun.teacher.live import LiveTeacher
 from kdrun.teacher.silent import NoTeacher
 
-
 STUDENT = "student.module."  # of the student's weights in a learner's
 
 

@@ -49,7 +49,7 @@ def test_markdown_keeps_the_scales_apart(kdrun: Callable[..., Outcome], root: Pa
     paper, bench = kdrun("ledger", "--markdown").out.split("**Bench")
     assert "small" not in paper
     assert "Not attempted yet" in paper
-    assert "| small | another setting | pld " in bench
+    assert "| small | another setting: Table 9 | pld " in bench
 
 
 def test_an_empty_ledger_says_how_to_fill_it(kdrun: Callable[..., Outcome], here: Path) -> None:
