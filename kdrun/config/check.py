@@ -185,7 +185,7 @@ class _Findings:
         built: only then are the data's classes and channels known."""
         if not isinstance(node, Mapping) or node.get("_target_") in UNSET:
             return
-        from kdrun.student.build import argument_types, resolve
+        from kdrun.config.networks import argument_types, resolve
 
         try:
             target = resolve(node["_target_"], self.allowed, f"{group}._target_")

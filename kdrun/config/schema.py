@@ -5,7 +5,7 @@ A field's type is what `kdrun.config.check` holds a value against; ranges are ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
@@ -166,4 +166,6 @@ class Top:
     evaluation: dict[str, Any] = field(default_factory=dict)
 
 
+STUDENT_KEYS = {f.name for f in fields(StudentKeys)}
+TEACHER_KEYS = {f.name for f in fields(TeacherKeys)}
 FIXED = {"run": Run, "optim": Optim, "hardware": Hardware}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,11 @@ ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers", "torch_geome
 UNSET = (None, "", "???")
 # What the classes of a group must offer.
 MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "measure", "source": "open", "plan": "run"}
+
+
+def allowed(tree: Mapping[str, Any]) -> tuple[str, ...]:
+    """The packages that a configuration may name: the usual ones and those of its run.allow."""
+    return (*ALLOWED, *(tree["run"].get("allow") or []))
 
 
 def find(target: Any, allowed: Collection[str], key: str, what: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from kdrun import rng
-from kdrun.config import schema
 from kdrun.config.check import instantiate
-from kdrun.config.targets import ALLOWED
+from kdrun.config.schema import STUDENT_KEYS, TEACHER_KEYS
+from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data
 from kdrun.engine.device import channels_last
 from kdrun.engine.distributed import Ranks
@@ -32,8 +32,6 @@ from kdrun.teacher.silent import NoTeacher
 from kdrun.teacher.truth import TruthTeacher
 from kdrun.types import Context, ModelSpec, Source, Teacher
 
-TEACHER_KEYS = {f.name for f in fields(schema.TeacherKeys)}
-STUDENT_KEYS = {f.name for f in fields(schema.StudentKeys)}
 TEACHER_KINDS = ("none", "truth", "live", "snapshot", "ema")
 
 
@@ -63,10 +61,6 @@ def synchronised(module: nn.Module, device: torch.device, ranks: Ranks) -> Any:
 def load_data(tree: Mapping[str, Any]) -> Data:
     """Load the data set that the tree names. Raises `Refused` where it is missing or does not fit its description."""
     return instantiate(tree["dataset"], "dataset", allowed(tree)).load()
-
-
-def allowed(tree: Mapping[str, Any]) -> tuple[str, ...]:
-    return (*ALLOWED, *(tree["run"].get("allow") or []))
 
 
 def open_source(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Source:

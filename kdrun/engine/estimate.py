@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
+from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data, Request, Split
 from kdrun.engine import loop, provenance
-from kdrun.engine.build import Built, allowed, build_first, load_data
+from kdrun.engine.build import Built, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter

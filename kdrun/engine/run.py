@@ -9,9 +9,10 @@ import torch
 
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
+from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data
 from kdrun.engine import provenance
-from kdrun.engine.build import Built, allowed, load_data, open_source
+from kdrun.engine.build import Built, load_data, open_source
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import try_settings

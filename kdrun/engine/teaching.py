@@ -85,6 +85,8 @@ def load_teacher(tree: Mapping[str, Any], built: Built, device: torch.device, ra
     """Load a given teacher's weights, measure it, hold it against what the recipe states. {} if there is none."""
     if built.teacher.spec is None:
         return {}
+    if built.teacher.follows:
+        return {"from": "the student itself, earlier or averaged"}
     source = f"the data set's own rows: {tree['teacher'].get('extra') or 'truth_logits'}"
     digest = None
     if isinstance(built.teacher, LiveTeacher):

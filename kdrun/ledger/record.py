@@ -12,8 +12,8 @@ from typing import Any
 from kdrun.config.check import instantiate
 from kdrun.config.compose import COMMAND_LINE, NOT_SEMANTIC, Composed, compose
 from kdrun.config.paths import SearchPath
+from kdrun.config.targets import allowed
 from kdrun.engine import compare, provenance
-from kdrun.engine.build import allowed
 from kdrun.engine.compare import Job
 from kdrun.engine.records import write_json
 from kdrun.engine.summary import taints

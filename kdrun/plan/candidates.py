@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from kdrun.config.schema import STUDENT_KEYS, TEACHER_KEYS
+from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data
-from kdrun.engine.build import STUDENT_KEYS, TEACHER_KEYS, allowed
 from kdrun.errors import Problem, Refused
 from kdrun.evaluation import cost
 from kdrun.student.build import build

@@ -6,12 +6,12 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdrun.config.compose import LOCATION, flatten
-from kdrun.config.schema import StudentKeys, TeacherKeys
+from kdrun.config.schema import STUDENT_KEYS, TEACHER_KEYS
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.plan.base import Plan, Session
 
@@ -50,7 +50,7 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
         return None
     stage = copy.deepcopy(dict(tree))
     # The student's own keys that a teacher's node does not have; everything else (the network) is the teacher's.
-    own = {f.name for f in fields(TeacherKeys)} - {f.name for f in fields(StudentKeys)}
+    own = TEACHER_KEYS - STUDENT_KEYS
     stage["student"] = {k: v for k, v in node.items() if k not in own}
     stage["teacher"] = {"kind": "none"}
     stage["objective"] = {"_target_": "kdrun.objective.ce.CE"}

@@ -18,7 +18,7 @@ def test_values_of_the_example() -> None:
 
 def test_inter_is_per_sample_and_intra_per_class() -> None:
     terms = logit_terms(make("dist"), ZS3, ZT3, Y3)
-    assert (terms["ce"].unit, terms["inter"].unit, terms["intra"].unit) == ("sample", "sample", "class")
+    assert (terms["ce"].unit, terms["inter"].unit, terms["intra"].unit) == ("label", "sample", "class")
 
 
 def test_intra_is_a_mean_over_classes_whatever_the_batch() -> None:
