@@ -28,7 +28,7 @@ from kdrun.errors import Problem, Refused, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 # What a data set holds is told by its fingerprint, wherever it lies.
-LOCATION = ("path", "workers")
+LOCATION = ("path", "workers", "download")
 # Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
 NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "method", "scale")
 

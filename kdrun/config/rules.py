@@ -21,7 +21,7 @@ POSITIVE = (
     "hardware.threads",
 )
 
-BESIDE_A_TEACHER = ("agreement", "kl_teacher", "teacher_top1", "pair_order")  # metrics of kdrun.evaluation that need its logits
+BESIDE_A_TEACHER = ("agreement", "kl_teacher", "teacher_top1", "pair_order", "edge_kl")  # metrics of kdrun.evaluation that need its logits
 
 
 def cross_checks(composed: Composed) -> list[Problem]:

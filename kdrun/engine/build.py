@@ -80,7 +80,7 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     network = synchronised(build_student_network(tree, data), device, ranks).to(device)
     student_spec = _spec(tree, network, "student", data, _asked(tree, "student", needs.student_taps), problems)
     teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
-    _check_needs(tree, data, objective, teacher, problems)
+    _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
     if problems or student_spec is None:
         raise Refused(problems)
     student = Tapped(network, tree["student"].get("taps") or {}, needs.student_taps, "student.taps")
@@ -276,7 +276,10 @@ def _teacher_contract(node: Mapping[str, Any], data: Data) -> list[Problem]:
     return found
 
 
-def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, problems: list[Problem]) -> None:
+def _check_needs(
+    tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher, taken: tuple[str, ...], problems: list[Problem]
+) -> None:
+    """What the objective asks for, and what the student's forward takes beside its input, must be there."""
     needs, name = objective.needs(), type(objective).__name__
     if (needs.teacher_logits or needs.teacher_taps or needs.teacher_network) and tree["teacher"].get("kind", "none") == "none":
         problems.append(
@@ -300,6 +303,9 @@ def _check_needs(tree: Mapping[str, Any], data: Data, objective: Objective, teac
         problems.append(Problem(f"{name} learns from validation rows, and none come with the batches", "source.held_out", "", remedy))
     rows = {*data.splits["train"].extra, *data.splits["train"].constants}
     wanted = {*needs.extra, *([teacher.row] if isinstance(teacher, TruthTeacher) else [])}
+    if "edge_index" in taken and not data.whole:
+        what = f"the student looks along the edges of a graph, and {data.name} is none"
+        problems.append(Problem(what, "student", "", "a graph, e.g. dataset=csbm, or another student, e.g. student=mlp"))
     for row in sorted(wanted - rows):
         problems.append(
             Problem(

@@ -41,3 +41,11 @@ def test_a_run_that_diverged_is_not_left_out_of_its_comparison(tiny: list[str], 
     assert "NaN" not in (jobs[1].folder / SUMMARY).read_text()
     assert (found[1], math.isnan(found[2])) == (50.0, True)
     assert summary(list(found.values())).sd is None  # no interval, so nothing can be concluded
+
+
+def test_a_graph_network_on_rows_without_a_graph_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch_geometric")
+    with pytest.raises(Refused) as caught:
+        run(["dataset=gaussians", "student=gcn", "teacher=none", "objective=ce", "hardware=cpu"], tmp_path / "run")
+    assert "dataset=csbm" in str(caught.value)
+    assert not (tmp_path / "run").exists()
