@@ -36,7 +36,7 @@ def spoilt(recipes: Path, folder: Path, old: str, new: str) -> str:
         ("student.tapps.f1=fc", "student.tapps.f1: unknown key", "student.taps"),
         ("sed=3", "sed: unknown key", "seed"),
         ("run.dri=out", "run.dri: unknown key", "run.dir"),
-        ("optim.schedule.name=cosin", "optim.schedule.name: 'cosin' is not one of constant, cosine, multistep", "cosine"),
+        ("optim.schedule.name=cosin", "optim.schedule.name: 'cosin' is not one of constant, cosine, multistep, poly", "cosine"),
         ("optim.name=sdg", "optim.name: timm has no optimiser named 'sdg'", "sgd"),
         ("evaluation.primary=top_1", "evaluation.primary: 'top_1' is not measured", "top1"),
     ],
