@@ -320,10 +320,11 @@ def test_wrappers_come_off_in_any_order() -> None:
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["resnet20", "resnet32", "resnet56"])
 def test_the_real_public_files_load(name: str) -> None:
+    """The published files themselves, of which a test above makes a likeness. They are not ours to carry: skipped where they are not."""
     folder = Path(os.environ.get("KDRUN_DATA", "/nonexistent")) / "cifar10_resnets"
     files = list(folder.glob(f"{name}-*.th"))
     if not files:
-        pytest.skip("KDRUN_DATA names no folder with cifar10_resnets/*.th")
+        pytest.skip(f"KDRUN_DATA names no folder with cifar10_resnets/{name}-*.th (github.com/akamaster/pytorch_resnet_cifar10)")
     network = networks()[f"kdrun.student.resnet.{name}"](10, shortcut="pad")
     info = load_weights(network, files[0], node("student", name)["rename"])
     assert info["sha256"].startswith(files[0].stem.partition("-")[2])
