@@ -84,6 +84,7 @@ class ModelSpec:
     classes: int
     input_shape: tuple[int, ...]  # without the batch: (C, H, W) or (D,)
     taps: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # shapes without the batch
+    output: tuple[int, ...] = ()  # shape of what it says, without the batch
 
 
 @dataclass(frozen=True)

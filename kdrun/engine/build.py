@@ -81,6 +81,10 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     student_spec = _spec(tree, network, "student", data, _asked(tree, "student", needs.student_taps), problems)
     teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
     _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
+    evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
+    problems += evaluation.problems(data)
+    if not problems:
+        problems += objective.problems(tree, network, teacher.network if isinstance(teacher, LiveTeacher) else None)
     if problems or student_spec is None:
         raise Refused(problems)
     student = Tapped(network, tree["student"].get("taps") or {}, needs.student_taps, "student.taps")
@@ -93,7 +97,6 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     objective.to(device)
     if isinstance(teacher, LiveTeacher):
         teacher.module.to(device).to(memory_format=memory_format)
-    evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     return Built(data, network, learner, teacher, objective, evaluation, memory_format, tree, per_epoch, total_steps)
 
 

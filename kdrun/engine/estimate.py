@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
 from kdrun.config.targets import allowed
-from kdrun.dataset.base import Data, Request, Split
+from kdrun.dataset.base import Data, Request, Split, taken
 from kdrun.engine import loop, provenance
 from kdrun.engine.build import Built, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
@@ -25,8 +26,10 @@ from kdrun.plan.single import teacher_stage
 from kdrun.student.taps import model_spec
 from kdrun.student.weights import bare
 from kdrun.teacher.live import LiveTeacher
+from kdrun.types import ModelSpec
 
 PROBE_STEPS = 3
+PROBE_ROWS = 500  # of the training split, at most
 PROBE_FLOPS = 3e10  # of one probed step: seconds on a CPU core, nothing on a GPU
 
 
@@ -80,13 +83,11 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     built = build_first(tree, data, device, Ranks())
     data = built.data
     needs = built.objective.needs()
-    models = {"student": _model(built.network, data)}
-    taps = {
-        f"student {n}": list(s)
-        for n, s in model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps).taps.items()
-    }
+    spec = model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps)
+    models = {"student": _model(built.network, spec)}
+    taps = {f"student {n}": list(s) for n, s in spec.taps.items()}
     if isinstance(built.teacher, LiveTeacher) and built.teacher.spec is not None:
-        models["teacher"] = _model(bare(built.teacher.module), data)
+        models["teacher"] = _model(bare(built.teacher.module), built.teacher.spec)
         taps |= {f"teacher {n}": list(s) for n, s in built.teacher.spec.taps.items()}
     batch = int(tree["source"].get("batch_size") or len(data.split("train")))
     micro = tree["hardware"]["micro_batch"] or batch
@@ -107,8 +108,9 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     return document
 
 
-def _model(network: torch.nn.Module, data: Data) -> dict[str, Any]:
-    return {"parameters": cost.parameters(network), "flops": cost.flops(network, data.input_shape), "output": f"[B, {data.classes}]"}
+def _model(network: torch.nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    said = ", ".join(["B", *map(str, spec.output)])
+    return {"parameters": cost.parameters(network), "flops": cost.flops(network, spec.input_shape), "output": f"[{said}]"}
 
 
 def _probe(
@@ -116,13 +118,14 @@ def _probe(
 ) -> dict[str, Any]:
     """Real steps on random inputs of a size that this machine does in seconds; memory and time scale with the samples."""
     per_sample = 3 * models["student"]["flops"] + models.get("teacher", {"flops": 0})["flops"]
-    samples = max(2, min(micro, len(built.data.splits["train"]), int(PROBE_FLOPS / max(1, per_sample))))
+    samples = max(2, min(micro, len(built.data.splits["train"]), PROBE_ROWS, int(PROBE_FLOPS / max(1, per_sample))))
     small = {
         **tree,
         "source": {**tree["source"], "batch_size": samples},
         "hardware": {**tree["hardware"], "micro_batch": None, "compile": "off"},
     }
-    stage = make_stage(small, built, device, Ranks(), "student", Reporter())
+    # Before step 0 an objective may walk all training rows through the teacher; here it sees some of them.
+    stage = make_stage(small, replace(built, data=_some_rows(built.data)), device, Ranks(), "student", Reporter())
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -147,6 +150,14 @@ def _probe(
         "activations": int(activations * micro),
     }
     return {"memory_bytes": memory, "seconds_per_sample": seconds, "probe_samples": samples, "machine": provenance.hardware(device)}
+
+
+def _some_rows(data: Data) -> Data:
+    """The data with `PROBE_ROWS` of its training rows, evenly spread: they may lie class by class."""
+    train = data.split("train")
+    if data.whole or len(train) <= PROBE_ROWS:
+        return data
+    return replace(data, splits={**data.splits, "train": taken(train, torch.arange(PROBE_ROWS) * len(train) // PROBE_ROWS)})
 
 
 def _bytes(tensors: list[Any]) -> int:

@@ -58,6 +58,10 @@ class Evaluation:
         """What is wrong with the fields of a subclass; called before its `names`."""
         return []
 
+    def problems(self, data: Data) -> list[Problem]:
+        """What does not fit to the data, or is not installed; found before anything is spent."""
+        return []
+
     def names(self, classes: int | None = None) -> list[str]:
         """The metrics that are measured on so many classes, those that need a teacher's logits included."""
         raise NotImplementedError

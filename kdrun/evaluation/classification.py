@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from kdrun.dataset.base import Data
 from kdrun.errors import Problem, Refused, RunFailed
 from kdrun.evaluation.base import Evaluation
 from kdrun.evaluation.calibration import CalibrationError, SelectiveRisk, confidence_and_hits
@@ -43,6 +44,13 @@ class Classification(Evaluation):
             what = f"needs whole numbers of at least 1, not {list(self.top_k)}"
             problems.append(Problem(what, "evaluation.top_k", "", "e.g. evaluation.top_k=[1,5]"))
         return problems
+
+    def problems(self, data: Data) -> list[Problem]:
+        fitting = "graph" if data.whole else "segmentation" if data.split("train").targets.ndim > 1 else None
+        if fitting is None or type(self) is not Classification:
+            return []
+        of = "the nodes of a graph, not all of them labelled" if data.whole else "pixels"
+        return [Problem(f"{data.name} has labels of {of}", "evaluation", data.name, f"evaluation={fitting}")]
 
     def names(self, classes: int | None = None) -> list[str]:
         """The metrics that a meter for so many classes returns, those that need a teacher's logits included."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,14 +126,16 @@ class ImageSampler(Evaluation):
                 metric.update(to_pixels(kept, data), real=True)
         return metric
 
+    def problems(self, data: Data) -> list[Problem]:
+        if not self.fid or find_spec("torch_fidelity") is not None:
+            return []
+        remedy = 'pip install "kdrun[diffusion]", or evaluation.fid=false'
+        return [Problem("FID needs the package torch-fidelity, which is not installed", "evaluation.fid", "", remedy)]
+
     def _frechet_metric(self) -> Any:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        try:
-            return FrechetInceptionDistance(feature=2048, normalize=True)
-        except ModuleNotFoundError as error:
-            remedy = 'pip install "kdrun[diffusion]", or evaluation.fid=false'
-            raise Refused(Problem("FID needs the package torch-fidelity, which is not installed", "evaluation.fid", "", remedy)) from error
+        return FrechetInceptionDistance(feature=2048, normalize=True)
 
 
 def to_pixels(images: Tensor, data: Data) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from kdrun.errors import Problem
 from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Start, Term
 
 Gather = Callable[[Tensor], Tensor]  # rows of all ranks, with gradient to one's own
@@ -29,6 +30,11 @@ class Objective:
     def needs(self) -> Needs:
         """What must be there, declared, so that a bad pairing is refused before the run."""
         return Needs()
+
+    def problems(self, tree: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None) -> list[Problem]:
+        """What does not fit in the whole configuration and between the bare networks (a live teacher's, before its weights are there),
+        found before anything is spent."""
+        return []
 
     def setup(self, context: Context) -> Connectors:
         """Build the connectors (initialised from the global torch RNG, which the caller has seeded) and the state.

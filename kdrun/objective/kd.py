@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from kdrun.losses.divergence import cross_entropy, kl_divergence
 from kdrun.objective._checks import require_nonnegative, require_positive
 from kdrun.objective.base import Objective
@@ -36,6 +38,10 @@ class KD(Objective):
         terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
         if self.kd_weight:
             assert signal.logits is not None
-            kl = kl_divergence(output.logits, signal.logits.detach(), self.temperature)
-            terms["kd"] = Term(self.temperature**2 * kl.sum(), "sample")
+            kl, unit = self.divergence(output.logits, signal.logits.detach(), batch.targets)
+            terms["kd"] = Term(self.temperature**2 * kl, unit)
         return terms
+
+    def divergence(self, student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        """(sum of KL(p_T(zt) || p_T(zs)), its unit) of logits [B, C]: every sample counts, labelled or not."""
+        return kl_divergence(student, teacher, self.temperature).sum(), "sample"

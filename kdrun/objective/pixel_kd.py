@@ -12,33 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdrun.losses.divergence import cross_entropy
+from torch import Tensor
+
 from kdrun.losses.spatial import pixel_kl_divergence
-from kdrun.objective._checks import require_nonnegative, require_positive
-from kdrun.objective.base import Objective
-from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
+from kdrun.objective.kd import KD
 
 
 @dataclass(eq=False)
-class PixelKD(Objective):
+class PixelKD(KD):
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     temperature: float = 1.0
 
-    def __post_init__(self) -> None:
-        require_nonnegative(self, "ce_weight", "kd_weight")
-        require_positive(self, "temperature")
-
-    def needs(self) -> Needs:
-        return Needs(teacher_logits=self.kd_weight > 0)
-
-    def weights(self, progress: Progress) -> dict[str, float]:
-        return {"ce": self.ce_weight, "kd": self.kd_weight}
-
-    def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
-        if self.kd_weight:
-            assert signal.logits is not None
-            kl = pixel_kl_divergence(output.logits, signal.logits.detach(), batch.targets >= 0, self.temperature)
-            terms["kd"] = Term(self.temperature**2 * kl, "label")
-        return terms
+    def divergence(self, student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[Tensor, str]:
+        """(sum of KL over the labelled pixels, its unit) of logits [B, C, H, W] and targets [B, H, W]."""
+        return pixel_kl_divergence(student, teacher, targets >= 0, self.temperature), "label"

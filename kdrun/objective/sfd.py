@@ -22,12 +22,13 @@ elements. Constants: alpha 1.2, t in {38, ..., 711}, weights 1 and 0.01, c_f 0, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrun import rng
 from kdrun.errors import Problem, Refused
@@ -71,6 +72,22 @@ class SFD(Objective):
     def needs(self) -> Needs:
         return Needs(teacher_network=True)
 
+    def problems(self, tree: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None) -> list[Problem]:
+        """The student must be a generator around a network like the teacher, and the batches' labels must leave out the forgotten one:
+        it has terms of its own."""
+        found: list[Problem] = []
+        shapes = [
+            None if n is None else {k: v.shape for k, v in n.state_dict().items()} for n in (getattr(student, "denoiser", None), teacher)
+        ]
+        if shapes[0] is None or shapes[0] != shapes[1]:
+            remedy = "a pair such as teacher=denoiser_mlp student=generator_mlp, with the same sizes"
+            found.append(Problem("the student is no generator around a network like the teacher", "student", "", remedy))
+        forgets = self.forget_weight or self.fake_forget_weight
+        if forgets and self.forget not in (tree["source"].get("exclude") or ()):
+            what = f"label {self.forget} is to be forgotten, and the batches draw it among those to keep"
+            found.append(Problem(what, "source.exclude", "", f'source=labels "source.exclude=[{self.forget}]"'))
+        return found
+
     def setup(self, context: Context) -> Connectors:
         """Raises `Refused` for a label that the data set does not have, and for one class, which leaves none to keep."""
         labels = {"forget": self.forget} | ({} if self.override is None else {"override": self.override})
@@ -83,17 +100,9 @@ class SFD(Objective):
         return super().setup(context)
 
     def start(self, start: Start, connectors: Connectors) -> None:
-        """The teacher's weights into the generator and into the new connector "fake_score".
-
-        Raises `Refused` where the student is no generator around a network like the teacher's.
-        """
+        """The teacher's weights into the generator and into the new connector "fake_score"."""
         assert start.teacher is not None
-        denoiser = getattr(start.student, "denoiser", None)
-        shapes = [None if n is None else {k: v.shape for k, v in n.state_dict().items()} for n in (denoiser, start.teacher)]
-        if denoiser is None or shapes[0] != shapes[1]:
-            remedy = "a pair such as teacher=denoiser_mlp student=generator_mlp, with the same sizes"
-            raise Refused(Problem("the student is no generator around a network like the teacher", "student", "", remedy))
-        denoiser.load_state_dict(start.teacher.state_dict())
+        start.student.denoiser.load_state_dict(start.teacher.state_dict())  # type: ignore[union-attr]
         connectors["fake_score"] = copy.deepcopy(start.teacher).requires_grad_(True)
         self._teacher = start.teacher
 

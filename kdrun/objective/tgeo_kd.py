@@ -33,8 +33,8 @@ from torch.func import functional_call
 from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.precision import widen, without_autocast
 from kdrun.objective._checks import require_legal, require_positive
+from kdrun.objective._weighting import SampleWeighted, inner_losses, one_hot
 from kdrun.objective.base import Gather, gathered
-from kdrun.objective.weighting import SampleWeighted, inner_losses, one_hot
 from kdrun.types import Batch, Connectors, Context, Needs, Progress, Signal, Start, Term
 
 PROBABILITIES = ("S", "T", "G", "Tb")

@@ -4,7 +4,7 @@
 
 `rule`: constant (`alpha` for all), annealed (ANL: 1 to 0 over the run), ada (ADA: how sure the teacher is of the label), wls (WLS: how much
 worse than the teacher the student is), rw (RW: one free weight for each sample, learned on the training loss), oracle (0 where the teacher
-is corrupted, 1 where the label is noisy, 1/2 else: a world that knows). Formulas: `kdrun.objective.weighting`.
+is corrupted, 1 where the label is noisy, 1/2 else: a world that knows). Formulas: `kdrun.objective._weighting`.
 
 Unit: nats per sample. Constants: rw_lr 0.01 is the authors' code (Chengming0501/TGeo-KD); tau 4 is ours for images and vectors, as the
 paper's is not known (1.5 in that code's tabular script).
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kdrun.losses.divergence import cross_entropy
 from kdrun.objective._checks import require_legal, require_positive, require_share
-from kdrun.objective.weighting import FreeWeights, SampleWeighted, ada, annealed, oracle, sample_groups, wls
+from kdrun.objective._weighting import FreeWeights, SampleWeighted, ada, annealed, oracle, sample_groups, wls
 from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Term
 
 Rule = Literal["constant", "annealed", "ada", "wls", "rw", "oracle"]

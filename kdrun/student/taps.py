@@ -210,7 +210,8 @@ def model_spec(
         where = asked.get(missing[0], key)
         raise Refused(Problem(what, key=where, remedy="tap a module that its forward calls with a positional input"))
     classes = int(logits.shape[1]) if logits.dim() > 1 else 0
-    return ModelSpec(classes, tuple(input_shape), {name: tuple(taken[name].shape[1:]) for name in wanted})
+    shapes = {name: tuple(taken[name].shape[1:]) for name in wanted}
+    return ModelSpec(classes, tuple(input_shape), shapes, tuple(logits.shape[1:]))
 
 
 def tap_shapes(

@@ -49,3 +49,16 @@ def test_a_graph_network_on_rows_without_a_graph_is_refused(tmp_path: Path) -> N
         run(["dataset=gaussians", "student=gcn", "teacher=none", "objective=ce", "hardware=cpu"], tmp_path / "run")
     assert "dataset=csbm" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_unlike_the_teacher_is_refused_before_the_teacher_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as caught:
+        run(["recipe=sfd_bench", "student.width=8", "source.exclude=[]", f"run.root={tmp_path}/root"], tmp_path / "run")
+    assert [problem.key for problem in caught.value.problems] == ["student", "source.exclude"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_of_samples_is_refused_on_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(Refused) as caught:
+        run(["dataset=csbm", "student=gcn", "teacher=none", "objective=ce", "source=whole", "evaluation=classification"], tmp_path / "run")
+    assert [(problem.key, problem.remedy) for problem in caught.value.problems] == [("evaluation", "evaluation=graph")]

@@ -132,13 +132,6 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         judged(Painter(), {"_target_": "kdrun.student.mlp.mlp", "hidden": [], "checkpoint": "nowhere.safetensors"})
 
 
-def test_the_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr("torchmetrics.image.fid._TORCH_FIDELITY_AVAILABLE", False)
-    with pytest.raises(Refused, match=r'pip install "kdrun\[diffusion\]"'):
-        sampler().measure(Painter(), (), world(), CPU)
-
-
 def test_every_metric_has_a_direction() -> None:
     assert all(kind(name) is not None for name in METRICS)
 
@@ -147,3 +140,10 @@ def test_the_option_builds() -> None:
     node = yaml.safe_load((Path(__file__).parents[2] / "conf" / "evaluation" / "image_sampler.yaml").read_text())
     assert node.pop("_target_") == "kdrun.evaluation.image_sampler.ImageSampler"
     assert vars(ImageSampler(**node)) == vars(ImageSampler())
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_missing_extra_is_found_before_the_run(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdrun.evaluation.image_sampler.find_spec", lambda name: object() if installed else None)
+    found = sampler().problems(world())
+    assert [(p.key, "kdrun[diffusion]" in p.remedy) for p in found] == [("evaluation.fid", True)] * (not installed)

@@ -34,8 +34,16 @@ def test_generator_and_fake_score_begin_as_the_teacher() -> None:
 
 @pytest.mark.parametrize("student", [MLPDenoiser(CLASSES, 2), OneStepGenerator(MLPDenoiser(CLASSES, 2, width=8))])
 def test_a_student_unlike_the_teacher_is_refused(student: nn.Module) -> None:
-    with pytest.raises(Refused, match="student=generator_mlp"):
-        Made(student, MLPDenoiser(CLASSES, 2), (2,))
+    found = SFD().problems({"source": {"exclude": [0]}}, student, MLPDenoiser(CLASSES, 2))
+    assert [(p.key, "student=generator_mlp" in p.remedy) for p in found] == [("student", True)]
+
+
+@pytest.mark.parametrize(("exclude", "forget_weight", "refused"), [([0], 1.0, False), ([], 1.0, True), ([1], 1.0, True), ([], 0.0, False)])
+def test_a_source_that_draws_the_forgotten_label_is_refused(exclude: list[int], forget_weight: float, refused: bool) -> None:
+    teacher, student = MLPDenoiser(CLASSES, 2), OneStepGenerator(MLPDenoiser(CLASSES, 2))
+    objective = SFD(forget_weight=forget_weight, fake_forget_weight=forget_weight)
+    found = objective.problems({"source": {"exclude": exclude}}, student, teacher)
+    assert [p.key for p in found] == ["source.exclude"] * refused
 
 
 def test_labels_that_there_are_not_are_refused_at_once() -> None:

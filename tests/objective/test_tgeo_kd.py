@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdrun.objective._weighting import inner_losses
 from kdrun.objective.kd import KD
 from kdrun.objective.tgeo_kd import FEATURES, Controller, TGeoKD, geometry, outer_losses
-from kdrun.objective.weighting import inner_losses
 from kdrun.student.taps import Tapped
 from kdrun.types import Batch, Connectors, Context, ModelSpec, Output, Progress, Signal, Start
 from tests.conftest import Outcome

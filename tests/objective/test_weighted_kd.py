@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdrun.objective._weighting import AlphaLog, FreeWeights, ada, annealed, inner_losses, oracle, sample_groups, wls
 from kdrun.objective.kd import KD
 from kdrun.objective.weighted_kd import WeightedKD
-from kdrun.objective.weighting import AlphaLog, FreeWeights, ada, annealed, inner_losses, oracle, sample_groups, wls
 from kdrun.types import Batch, Context, ModelSpec, Output, Progress, Signal, Term
 from tests.conftest import Outcome
 from tests.engine.running import assert_bit_equal, assert_same_run, assert_same_training, run, run_killed, training_lines, weights
