@@ -176,9 +176,11 @@ def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dic
     steps, per_epoch, batch = document["total_steps"], document["steps_per_epoch"], document["batch"]
     epochs = steps / per_epoch
     found = {"schedule": f"{epochs:.4g} epochs of {per_epoch} steps of {batch} samples: {steps:,} steps"}
-    stages = instantiate(composed.tree["plan"], "plan", allowed(composed.tree)).describe()
-    if stages:
-        found["plan"] = f"{stages}; the figures here are of the first stage"
+    plan = instantiate(composed.tree["plan"], "plan", allowed(composed.tree))
+    if not getattr(plan, "train", True):
+        return {"plan": plan.describe()}
+    if plan.describe():
+        found["plan"] = f"{plan.describe()}; the figures here are of the first stage"
     if document["teacher_is_trained_first"]:
         found["teacher"] = "has no checkpoint: it is trained first by the same loop (once, then kept)"
     if "memory_bytes" in document:

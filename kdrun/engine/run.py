@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def execute(
         if ranks.first and not resume:
             open_folder(session.folder, composed)
         ranks.barrier()
-        reporter.run_started(title(composed), session.folder, facts(composed, built, device))
+        reporter.run_started(title(composed), session.folder, facts(composed, built, plan, device))
         return plan.run(session)
 
 
@@ -59,13 +60,14 @@ def title(composed: Composed) -> str:
     return f"{composed.recipe or 'run'}: {chosen['objective']}, {chosen['teacher']} -> {chosen['student']}"
 
 
-def facts(composed: Composed, built: Built, device: torch.device) -> dict[str, str]:
+def facts(composed: Composed, built: Built, plan: Any, device: torch.device) -> dict[str, str]:
     data, optim = built.data, composed.tree["optim"]
+    trained = f"{optim['epochs']:g} epochs, {built.total_steps} steps, {optim['name']}, lr {optim['lr']}"
     sizes = ", ".join(f"{len(s)} {n}" for n, s in data.splits.items())
     return {
         "data": f"{data.name}: {sizes}; {data.classes} classes",
         "student": f"{cost.parameters(built.network):,} parameters",
-        "schedule": f"{optim['epochs']:g} epochs, {built.total_steps} steps, {optim['name']}, lr {optim['lr']}",
+        "schedule": trained if getattr(plan, "train", True) else plan.describe(),
         "seed": str(composed.tree["seed"]),
         "on": provenance.hardware(device),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,6 @@ from kdrun.ledger.table import read_ledger
 from kdrun.ledger.verdict import judge
 
 FREE_CHOICES = ("teacher", "student", "objective")  # of a recipe: every pair and method is a record of its own
-SHOWN = ("top1", "top5", "nll", "ece", "agreement", "kl_teacher", "pair_order")
 
 
 def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     primary = tree["evaluation"]["primary"]
     claims = [judge_claim(text, table, primary) for text in tree["claims"] if _answerable(text, table, primary)]
     claimed = {metric for text in tree["claims"] for _, metric in parse_claim(text, primary).sides}
+    measured_names = instantiate(tree["evaluation"], "evaluation", allowed(tree)).names()
     published = lookup(tree["published"], composed.facts(), method, primary)
     measured = list(table.get(method, {}).get(primary, {}).values())
     told = kind(primary)
@@ -55,7 +56,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         "scale": tree["scale"],
         "metric": primary,
         "method": method,
-        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in {*SHOWN, primary, *claimed}} for arm, metrics in table.items()},
+        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in {primary, *claimed, *measured_names}} for arm, metrics in table.items()},
         "differences": {
             arm: dataclasses.asdict(paired(table[method][primary], table[arm][primary]))
             for arm in table
@@ -63,7 +64,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         },
         "claims": [_clean(dataclasses.asdict(c)) for c in claims],
         "published": dataclasses.asdict(published) if published else None,
-        "teacher": next((s["teacher"] for job, s in done if job.arm == method), {}),
+        "teacher": _teacher([s["teacher"] for job, s in done if job.arm == method]),
         "verdict": dataclasses.asdict(verdict),
         "notes": tree["notes"],
         "choices": composed.choices,
@@ -149,6 +150,14 @@ def _refuse(reasons: Sequence[str]) -> None:
     if reasons:
         remedy = "leave those settings to a recipe (one of your own joins by --config-dir), or run without run.ledger=true"
         raise CheckFailed(f"this may not enter the ledger: {'; '.join(dict.fromkeys(reasons))}\n  remedy  {remedy}")
+
+
+def _teacher(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of the method's teacher; where the seeds have teachers of their own, each measured value is the mean of theirs."""
+    if len({str(fact.get("sha256")) for fact in facts}) < 2:
+        return dict(facts[0]) if facts else {}
+    shared = [name for name, value in facts[0].items() if isinstance(value, float) and all(isinstance(f.get(name), float) for f in facts)]
+    return {"from": f"{len(facts)} teachers, one for each seed", **{name: statistics.fmean(f[name] for f in facts) for name in shared}}
 
 
 def _answerable(text: str, table: Mapping[str, Any], primary: str) -> bool:

@@ -75,3 +75,9 @@ def test_a_pairing_that_cannot_be_is_refused_as_the_run_would(refusal: Refusal) 
     problem = only(refusal("plan", *TINY, "objective=rkd", "teacher=mlp", "hardware.micro_batch=8"))
     assert problem.key == "hardware.micro_batch"
     assert problem.where == "command line"
+
+
+def test_a_search_that_trains_nothing_plans_no_schedule(kdrun: Callable[..., Outcome], here: Path) -> None:
+    facts = kdrun("plan", "recipe=diswot_s1_bench", "--no-probe", "--json").json["facts"]
+    assert "nothing is trained" in facts["plan"]
+    assert "schedule" not in facts

@@ -271,3 +271,14 @@ def test_all_reasons_come_at_once(recipes: Path) -> None:
 
 def test_other_choices_are_those_that_differ_from_the_recipe_s(recipes: Path) -> None:
     assert other_choices(composed_of(recipes, "teacher=mlp", "hardware=cpu", "objective=pld")) == {"teacher": "mlp", "hardware": "cpu"}
+
+
+def test_where_every_seed_has_a_teacher_of_its_own_their_mean_is_told(recipes: Path, tmp_path: Path) -> None:
+    composed = composed_of(recipes)
+    jobs = finish(composed, tmp_path / "run")
+    for job in jobs:
+        file = job.folder / "summary.json"
+        summary = json.loads(file.read_text())
+        summary["teacher"] |= {"sha256": f"seed {job.seed}", "top1": 90.0 + job.seed}
+        file.write_text(json.dumps(summary))
+    assert assess(composed, jobs, tmp_path / "run")["teacher"] == {"from": "3 teachers, one for each seed", "top1": 92.0}
