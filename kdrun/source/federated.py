@@ -5,25 +5,24 @@ A round is an epoch. The proxy rows come with what the other clients said of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kdrun import rng
 from kdrun.dataset.base import Data
-from kdrun.errors import Problem, Refused, RunFailed
+from kdrun.errors import RunFailed
 from kdrun.objective.edgefd import COVERED, TARGETS
-from kdrun.source.loader import EpochLoader, Loader, cut, share
+from kdrun.source.base import Place, Spec, Stateless
+from kdrun.source.loader import EpochLoader, Loader
 from kdrun.types import Batch
 
 PROXY = "proxy"  # the split of a client's data that all clients share
 
 
 @dataclass(frozen=True)
-class Federated:
+class Federated(Spec):
     """How a client walks through its rows. `open` gives the source of one client's training."""
 
     batch_size: int = 64
@@ -45,33 +44,19 @@ class Federated:
         """Optimiser steps of one round."""
         return self.local_steps + self.distill_steps
 
-    def open(
-        self,
-        data: Data,
-        split: str = "train",
-        *,
-        seed: int,
-        micro_batch: int | Sequence[int] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> ClientStream:
-        """The batches of one rank of one client; `data` has its private rows as `split`, and the shared ones as the split "proxy".
+    def stream(self, data: Data, split: str, place: Place) -> ClientStream:
+        """`data` has the client's private rows as `split`, and the shared ones as the split "proxy".
 
         Raises:
             Refused: a step that gives a rank no sample, sizes that do not add up.
         """
-        if self.distill_steps and self.proxy_batch_size < world:
-            what = f"a batch of {self.proxy_batch_size} leaves some of {world} ranks without a sample"
-            raise Refused(Problem(what, "source.proxy_batch_size", data.name, f"source.proxy_batch_size={world} at least"))
-        private = Loader(self.batch_size, augment=self.augment).open(
-            data, split, seed=seed, micro_batch=micro_batch, rank=rank, world=world, device=device
-        )
-        return ClientStream(self, private)
+        if self.distill_steps:
+            replace(place, micro_batch=None).check(self.proxy_batch_size, data.name, "source.proxy_batch_size")
+        return ClientStream(self, Loader(self.batch_size, augment=self.augment).stream(data, split, place))
 
 
 @dataclass(eq=False)
-class ClientStream:
+class ClientStream(Stateless):
     """Implements `kdrun.types.Source`. Its only state is the exchange of the round, which the plan keeps and hands in again."""
 
     spec: Federated
@@ -109,30 +94,19 @@ class ClientStream:
         private = self.private
         if self._round != number:
             raise RunFailed(f"step {step} distils in round {number}, and the exchange at hand is that of round {self._round}")
-        drawn = rng.permutation(rng.key(private.seed, "proxy batch"), len(self._rows), step)[: self.spec.proxy_batch_size]
-        if len(drawn) < private.world:
+        drawn = rng.permutation(rng.key(private.place.seed, "proxy batch"), len(self._rows), step)[: self.spec.proxy_batch_size]
+        if len(drawn) < private.place.world:
             return [self._nothing()]  # on every rank alike
-        mine = drawn.tensor_split(private.world)[private.rank]
-        return [self._spoken(part) for part in mine.split(cut(len(mine), share(len(drawn), 0, private.world), private.micro_batch))]
+        return [self._spoken(part) for part in private.place.mine(drawn)]
 
     def _spoken(self, chosen: Tensor) -> Batch:
-        rows, device = self._rows[chosen], self.private.device
-        batch = self.private.data.rows(PROXY, rows, torch.zeros_like(rows), self.private.seed, False, device)
+        rows, device = self._rows[chosen], self.private.place.device
+        batch = self.private.data.rows(PROXY, rows, torch.zeros_like(rows), self.private.place.seed, False, device)
         everyone = torch.ones(len(rows), dtype=torch.bool, device=device)
         return batch._replace(extra={**batch.extra, TARGETS: self._targets[chosen].to(device), COVERED: everyone})
 
     def _nothing(self) -> Batch:
-        data, device = self.private.data, self.private.device
+        data, device = self.private.data, self.private.place.device
         none = torch.zeros(0, dtype=torch.int64, device=device)
         extra = {TARGETS: torch.zeros(0, data.classes, device=device), COVERED: none.bool()}
         return Batch(torch.zeros(0, *data.input_shape, device=device), none, none, none, extra)
-
-    def feedback(self, ids: Tensor, scores: Tensor) -> None:
-        """This source does not select."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"a client's source keeps no state but was given {sorted(state)}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +10,12 @@ from torch import Tensor
 from kdrun import rng
 from kdrun.dataset.base import Data
 from kdrun.errors import Problem, Refused, did_you_mean
-from kdrun.source.loader import check_micro_batch, cut, share
+from kdrun.source.base import Place, Spec, Stateless
 from kdrun.types import Batch
 
 
 @dataclass(frozen=True)
-class Labels:
+class Labels(Spec):
     """Labels drawn uniformly from the data set's classes, those in `exclude` left out. `open` gives the source of one training stage."""
 
     batch_size: int = 128
@@ -29,26 +27,13 @@ class Labels:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
-    def open(
-        self,
-        data: Data,
-        split: str = "train",
-        *,
-        seed: int,
-        micro_batch: int | Sequence[int] | None = None,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> LabelStream:
-        """The batches of one rank; `data` says how many classes there are and what an input looks like, and no row of it is read.
+    def stream(self, data: Data, split: str, place: Place) -> LabelStream:
+        """`data` says how many classes there are and what an input looks like, and no row of it is read.
 
         Raises:
             Refused: a step that gives a rank no sample, sizes that do not add up, classes that there are not, none left.
         """
-        if self.batch_size < world:
-            what = f"a batch of {self.batch_size} leaves some of {world} ranks without a sample"
-            raise Refused(Problem(what, "source.batch_size", data.name, f"source.batch_size={world} at least"))
-        check_micro_batch(micro_batch, share(self.batch_size, rank, world), rank)
+        place.check(self.batch_size, data.name)
         for label in self.exclude:
             if not 0 <= label < data.classes:
                 classes = [str(c) for c in range(data.classes)]
@@ -56,20 +41,17 @@ class Labels:
         kept = [label for label in range(data.classes) if label not in self.exclude]
         if not kept:
             raise Refused(Problem("no label is left", "source.exclude", data.name, "leave out fewer classes"))
-        return LabelStream(self, torch.tensor(kept, device=device), data.input_shape, seed, micro_batch, rank, world)
+        return LabelStream(self, torch.tensor(kept, device=place.device), data.input_shape, place)
 
 
 @dataclass(eq=False)
-class LabelStream:
-    """Implements `kdrun.types.Source`. Stateless: sample i of step s has the id s * batch_size + i, and all else follows from that."""
+class LabelStream(Stateless):
+    """Implements `kdrun.types.Source`: sample i of step s has the id s * batch_size + i, and all else follows from that."""
 
     spec: Labels
     kept: Tensor  # int64, on the device of the batches
     input_shape: tuple[int, ...]
-    seed: int
-    micro_batch: int | Sequence[int] | None
-    rank: int
-    world: int
+    place: Place
     steps_per_epoch: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,20 +60,10 @@ class LabelStream:
     def group(self, step: int) -> list[Batch]:
         """The micro-batches of optimiser step `step` (from 0) on this rank: inputs float32 [B, ...] ~ N(0, I), targets [B]."""
         size = self.spec.batch_size
-        ids = torch.arange(step * size, (step + 1) * size, device=self.kept.device).tensor_split(self.world)[self.rank]
-        return [self._batch(part, step) for part in ids.split(cut(len(ids), share(size, 0, self.world), self.micro_batch))]
+        ids = torch.arange(step * size, (step + 1) * size, device=self.kept.device)
+        return [self._batch(part, step) for part in self.place.mine(ids)]
 
     def _batch(self, ids: Tensor, step: int) -> Batch:
-        labels = self.kept[rng.integers(rng.key(self.seed, "label"), len(self.kept), ids)]
-        latents = rng.normal(rng.key(self.seed, "latent"), self.input_shape, ids)
+        labels = self.kept[rng.integers(rng.key(self.place.seed, "label"), len(self.kept), ids)]
+        latents = rng.normal(rng.key(self.place.seed, "latent"), self.input_shape, ids)
         return Batch(latents, labels, ids, torch.full_like(ids, step // self.steps_per_epoch), {})
-
-    def feedback(self, ids: Tensor, scores: Tensor) -> None:
-        """This source does not select."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
-            raise ValueError(f"a stream of labels has no state but was given {sorted(state)}")
