@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from kdrun.ledger.table import number, ranked, unit
+from kdrun.ledger.table import ALONE, number, ranked, unit
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,7 +112,7 @@ def _with_unit(metric: str) -> str:
 
 
 def arm_label(arm: str) -> str:
-    return "ce (student alone)" if arm == "ce" else arm
+    return f"{arm} (student alone)" if arm in ALONE else arm
 
 
 def _published_elsewhere(console: Console, composed: Composed) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from kdrun.dataset.vocabulary import Vocabulary
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.types import Batch
 
@@ -177,6 +178,7 @@ class Data:
     splits: Mapping[str, Split]  # "train", "test" and perhaps "validation"
     total_ids: int
     whole: bool = False  # the rows of a split are one graph: they can only be asked for all together, in their order
+    vocabulary: Vocabulary | None = None  # of text: its classes are tokens
     fingerprint: str = field(init=False)  # of the ordered ids, targets, content and transforms
 
     def __post_init__(self) -> None:
@@ -227,9 +229,10 @@ class Data:
 
 
 def taken(split: Split, positions: Tensor) -> Split:
-    """The rows of a split at `positions` [M] int64, with their ids."""
+    """The rows of a split at `positions` [M] int64, with their ids, as a split of the same kind."""
     extra = {name: rows[positions] for name, rows in split.extra.items()}
-    return Split(Taken(split.storage, positions), split.targets[positions], split.ids[positions], extra, split.constants)
+    storage = Taken(split.storage, positions)
+    return replace(split, storage=storage, targets=split.targets[positions], ids=split.ids[positions], extra=extra)
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:

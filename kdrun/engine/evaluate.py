@@ -17,6 +17,7 @@ from kdrun.types import Batch, Needs, Teacher
 
 BATCH = 500
 ELEMENTS = 2**24  # of the inputs of one forward pass: fewer rows at once where they are large
+KEPT = 2**28  # logits of a teacher on a split that are kept: 1 GiB
 LOGITS = Needs(teacher_logits=True)
 
 
@@ -48,7 +49,8 @@ class Evaluator:
     def batches(self, split: str) -> Iterator[Batch]:
         """This rank's rows of a split, in order, as evaluated."""
         size = len(self.data.split(split))
-        at_once = max(1, min(BATCH, ELEMENTS // max(1, math.prod(self.data.input_shape))))
+        wide = self.data.classes if self.data.vocabulary is not None else 1  # what is said of a token is larger than the token
+        at_once = max(1, min(BATCH, ELEMENTS // max(1, wide * math.prod(self.data.input_shape))))
         pieces = torch.arange(size).split(size if self.data.whole else at_once)[self.ranks.rank :: self.ranks.world]
         return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
@@ -56,12 +58,21 @@ class Evaluator:
         return {split: self.measure(network, split) for split in self.splits()}
 
     def _rows(self, split: str) -> Iterator[tuple[Batch, Tensor | None]]:
+        spec, rows = self.teacher.spec, len(self.data.split(split))
+        if spec is not None and rows * math.prod(spec.output or (spec.classes,)) > KEPT:
+            # Of every token of a large vocabulary: said anew each time.
+            for batch in self.batches(split):
+                yield batch, self.teacher.signal(batch, LOGITS).logits if self._asks() else None
+            return
         said = self._teacher_logits(split)
         for i, batch in enumerate(self.batches(split)):
             yield batch, said[i].to(self.device) if said else None
 
+    def _asks(self) -> bool:
+        return self.evaluation.uses_teacher and self.teacher.spec is not None and not self.teacher.follows
+
     def _teacher_logits(self, split: str) -> list[Tensor]:
-        if self.teacher.spec is None or self.teacher.follows:
+        if not self._asks():
             return []
         if split not in self._said:
             signals = (self.teacher.signal(b, LOGITS) for b in self.batches(split))

@@ -62,7 +62,7 @@ def title(composed: Composed) -> str:
 
 def facts(composed: Composed, built: Built, plan: Any, device: torch.device) -> dict[str, str]:
     data, optim = built.data, composed.tree["optim"]
-    trained = f"{optim['epochs']:g} epochs, {built.total_steps} steps, {optim['name']}, lr {optim['lr']}"
+    trained = f"{built.total_steps / built.steps_per_epoch:.4g} epochs, {built.total_steps} steps, {optim['name']}, lr {optim['lr']}"
     sizes = ", ".join(f"{len(s)} {n}" for n, s in data.splits.items())
     return {
         "data": f"{data.name}: {sizes}; {data.classes} classes",

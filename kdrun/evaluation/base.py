@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Meter(Protocol):
 @dataclass(eq=False)
 class Evaluation:
     """Base of all evaluations. Raises `Refused` for a field outside its range."""
+
+    uses_teacher: ClassVar[bool] = True  # False where `measure` does not look at the teacher's logits: they are then not computed
 
     every_epochs: float = 1
     primary: str = "top1"  # what the protocol, the verdict and claims without a metric speak of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdrun.student.taps import stand_ins
+from kdrun.student.taps import stand_ins, zeros_for
 
 
 def parameters(module: nn.Module) -> int:
@@ -30,7 +30,7 @@ def flops(module: nn.Module, input_shape: Sequence[int]) -> int:
     products, convolutions and attention; not biases, norms, activations and pooling.
     """
     with _untouched(module), torch.no_grad(), _no_fast_path(), FlopCounterMode(display=False) as counter:
-        sample = _zeros(module, input_shape, 1)
+        sample = zeros_for(module, input_shape, 1)
         module(sample, **stand_ins(module, 1, sample))
     return int(counter.get_total_flops())
 
@@ -45,7 +45,7 @@ def latency(module: nn.Module, input_shape: Sequence[int], batch_size: int = 1, 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils.benchmark import Timer
 
-    sample = _zeros(module, input_shape, batch_size)
+    sample = zeros_for(module, input_shape, batch_size)
     beside = stand_ins(module, batch_size, sample)
     known = {"module": module, "sample": sample, "beside": beside}
     timer = Timer("module(sample, **beside)", globals=known, num_threads=torch.get_num_threads())
@@ -85,10 +85,6 @@ def _anchor(module: nn.Module) -> Tensor:
     """A tensor on the module's device, of its floating dtype where it has one."""
     tensors = list(chain(module.parameters(), module.buffers()))
     return next((t for t in tensors if t.is_floating_point()), tensors[0].float() if tensors else torch.zeros(()))
-
-
-def _zeros(module: nn.Module, input_shape: Sequence[int], batch_size: int) -> Tensor:
-    return _anchor(module).detach().new_zeros((batch_size, *input_shape))
 
 
 @contextmanager

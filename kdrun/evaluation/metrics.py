@@ -43,6 +43,7 @@ KINDS: dict[str, MetricKind] = {
     "neighbour_cosine": MetricKind("", True),
     "miou": MetricKind("percent", True),
     "pixel_accuracy": MetricKind("percent", True),
+    **{name: MetricKind("percent", True) for name in ("map", "map_50", "map_75", "ap_small", "ap_medium", "ap_large")},
     "diversity": MetricKind("", False),
     "diversity_start": MetricKind("", False),
     "moved_channel": MetricKind("", True),
@@ -59,6 +60,14 @@ KINDS: dict[str, MetricKind] = {
     "correct_share": MetricKind("percent", True),  # of a teacher's answers, those that name the true class
     "support_share": MetricKind("percent", True),  # of a pool, what could have been drawn
     **{f"top1_{pick}": MetricKind("percent", True) for pick in ("picked", "largest", "random", "best")},
+    "perplexity": MetricKind("", False),
+    "entropy": MetricKind("nats", True),
+    "truth_entropy": MetricKind("nats", True),
+    **{name: MetricKind("nats", False) for name in ("rkl_teacher", "kl_truth", "rkl_truth")},
+    "agreement_truth": MetricKind("percent", True),
+    "head_mass": MetricKind("", True),
+    "tail_mass": MetricKind("", True),
+    "taid_t": MetricKind("", True),
     "parameters": MetricKind("parameters", False),
     "flops": MetricKind("FLOPs", False),
     "latency_ms": MetricKind("ms", False),

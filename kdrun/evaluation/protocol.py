@@ -34,13 +34,13 @@ def reported(
         raise Refused(Problem("nothing was evaluated", "evaluation", "", "evaluate at least once, at the last epoch"))
     if protocol == "last":
         entry = history[-1]
-        return Reported(_metric(entry, "test", primary), f"test {primary} at the last epoch ({entry['epoch']})")
+        return Reported(_metric(entry, "test", primary), f"test {primary} at the last epoch ({entry['epoch']:.4g})")
     if protocol == "best_val":
         best = best_epoch(history, "validation", primary, "dataset.validation=0.1", ties)
-        return Reported(_metric(best, "test", primary), f"test {primary} at epoch {best['epoch']}, chosen by validation {primary}")
+        return Reported(_metric(best, "test", primary), f"test {primary} at epoch {best['epoch']:.4g}, chosen by validation {primary}")
     if protocol == "best_test":
         best = best_epoch(history, "test", primary, "evaluation.protocol=last", ties)
-        return Reported(_metric(best, "test", primary), f"epoch {best['epoch']}, selected on test: as published, not comparable")
+        return Reported(_metric(best, "test", primary), f"epoch {best['epoch']:.4g}, selected on test: as published, not comparable")
     if protocol == "median_last_k":
         entries = [entry for entry in history if entry.get("test")][-last_k:]
         values = [_metric(entry, "test", primary) for entry in entries or history[-1:]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # What a cell does not depend on: a student trained from labels has no teacher.
-WITHOUT = {"ce": "teacher", "teacher": "student"}
+WITHOUT = {"ce": "teacher", "sft": "teacher", "teacher": "student"}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 from kdrun.evaluation.metrics import kind
 
 COLUMNS = ("recipe", "published", "measured (95 % interval, n)", "rivals", "student alone", "teacher", "claims", "verdict", "cost")
+ALONE = ("ce", "sft")  # arms without a teacher: labels alone
 SHORT = 60  # letters of a published table's name that a row of another setting has room for
 
 SCALES = (
@@ -33,7 +34,8 @@ def cells(record: Mapping[str, Any]) -> list[str]:
     """One row, as text, in the order of COLUMNS."""
     metric, method = record["metric"], record["method"]
     arms = record["arms"]
-    rivals = ", ".join(f"{arm} {number(arms[arm][metric]['mean'], metric)}" for arm in ranked(arms, metric) if arm not in (method, "ce"))
+    alone = next((arm for arm in ALONE if arm in arms), None)
+    rivals = ", ".join(f"{arm} {number(arms[arm][metric]['mean'], metric)}" for arm in ranked(arms, metric) if arm not in (method, alone))
     shown = [c for c in record["claims"] if c["holds"] is True]
     cost = record["cost"]
     return [
@@ -41,7 +43,7 @@ def cells(record: Mapping[str, Any]) -> list[str]:
         _published(record),
         f"{method} {_measured(arms[method][metric], metric)}",
         rivals or "-",
-        number(arms["ce"][metric]["mean"], metric) if "ce" in arms else "-",
+        number(arms[alone][metric]["mean"], metric) if alone else "-",
         number(record["teacher"][metric], metric) if metric in record["teacher"] else "-",
         f"{len(shown)} of {len(record['claims'])} show",
         record["verdict"]["name"],

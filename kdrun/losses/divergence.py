@@ -16,8 +16,12 @@ from kdrun.losses.precision import widen
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log softmax(logits)_y, 0 where y = -1.  logits [B, C], targets [B] int64 -> [B], or [B, C, H, W], [B, H, W] -> [B, H, W]; nats."""
-    return F.cross_entropy(widen(logits), targets, reduction="none", ignore_index=-1)
+    """-log softmax(logits)_y, 0 where y = -1; nats.
+
+    logits [B, C], targets [B] int64 -> [B]; of pixels [B, C, H, W], [B, H, W] -> [B, H, W]; of tokens [B, T, V], [B, T] -> [B, T].
+    """
+    by_class = logits.transpose(1, 2) if logits.dim() == 3 else logits
+    return F.cross_entropy(widen(by_class), targets, reduction="none", ignore_index=-1)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ fires, and gives no error.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,12 +108,24 @@ def _install(
     ]
 
 
-def _logits(output: Any) -> Tensor:
-    """What a network says: a tensor, or the field of that name in the outputs of transformers."""
+def _logits(network: nn.Module, output: Any) -> Tensor:
+    """What a network says: a tensor, or the field of that name in the outputs of transformers. Of a language model whose matrix is larger
+    than its vocabulary, the true tokens alone."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None:
         raise TypeError(f"its forward returns {type(output).__name__}, not logits [B, C]")
-    return logits
+    return logits[..., : network.vocabulary] if reads_tokens(network) else logits  # type: ignore[misc]
+
+
+def reads_tokens(network: nn.Module) -> bool:
+    """Whether it is a language model: it takes token ids [B, T] and says logits [B, T, V]. Such a network has `vocabulary`, its V."""
+    return hasattr(network, "vocabulary")
+
+
+def zeros_for(network: nn.Module, input_shape: Sequence[int], rows: int) -> Tensor:
+    """An input of zeros on the network's device: token ids, or numbers of its weights' type."""
+    anchor = next(network.parameters(), torch.zeros(()))
+    return torch.zeros(rows, *input_shape, device=anchor.device, dtype=torch.int64 if reads_tokens(network) else anchor.dtype)
 
 
 class Tapped(nn.Module):
@@ -135,7 +147,7 @@ class Tapped(nn.Module):
     def forward(self, x: Tensor, extra: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         taken: dict[str, Tensor] = {}
         self._box.taken = taken
-        logits = _logits(self.module(x, **taken_by(self.module, extra or {})))
+        logits = _logits(self.module, self.module(x, **taken_by(self.module, extra or {})))
         self._box.taken = None
         return logits, taken
 
@@ -147,7 +159,7 @@ def taken_by(network: nn.Module, extra: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def ask(network: nn.Module, batch: Batch) -> Tensor:
     """What a bare network says of a batch: logits [B, C], or whatever tensor it speaks."""
-    return _logits(network(batch.inputs, **taken_by(network, batch.extra)))
+    return _logits(network, network(batch.inputs, **taken_by(network, batch.extra)))
 
 
 def stand_ins(network: nn.Module, rows: int, like: Tensor) -> dict[str, Tensor]:
@@ -188,14 +200,13 @@ def model_spec(
     Raises `kdrun.errors.Refused` for an unknown tap, for a tap whose module did not run, and for a network that cannot take this input.
     """
     wanted = list(taps if wanted is None else wanted)
-    first = next(module.parameters(), torch.zeros(()))
-    x = torch.zeros(1, *input_shape, device=first.device, dtype=first.dtype)
+    x = zeros_for(module, input_shape, 1)
     box = _Box(taken={})
     asked = asked or {}
     handles = _install(module, box, taps, wanted, key, asked)
     try:
-        with _untouched(module, first.device):
-            logits = _logits(module(x, **stand_ins(module, 1, x)))
+        with _untouched(module, x.device):
+            logits = _logits(module, module(x, **stand_ins(module, 1, x)))
     except Exception as error:  # whatever a foreign network raises on an input that it was not made for
         what = f"{type(module).__name__} cannot run on an input of shape {list(input_shape)}: {error}"
         remedy = "choose a network for this input, or give it the argument that sets its input (in_channels, img_size, ...)"
@@ -209,7 +220,7 @@ def model_spec(
         what = f"did not pass a tensor in the forward of {type(module).__name__}: {', '.join(missing)}"
         where = asked.get(missing[0], key)
         raise Refused(Problem(what, key=where, remedy="tap a module that its forward calls with a positional input"))
-    classes = int(logits.shape[1]) if logits.dim() > 1 else 0
+    classes = int(logits.shape[-1 if reads_tokens(module) else 1]) if logits.dim() > 1 else 0
     shapes = {name: tuple(taken[name].shape[1:]) for name in wanted}
     return ModelSpec(classes, tuple(input_shape), shapes, tuple(logits.shape[1:]))
 

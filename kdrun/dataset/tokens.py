@@ -1,0 +1,117 @@
+"""Token sequences of uneven length as a split: one flat tensor, cut and padded batch by batch.
+
+A stored sequence of tokens x_0 ... x_n says of each token whether it is to be learned. A batch holds inputs x_0 ... x_{n-1} and, at
+position i, the target x_{i+1} or -1: the shift is made here and nowhere else. Rows are padded on the right to the longest of the batch.
+Behind a causal mask what is scored never sees the padding, so no attention mask is needed and padding changes no value.
+
+Several sequences packed into one row keep their own positions from 0: models of transformers read from these where one ends and the
+next begins, and attend within each alone. The first token of a sequence is never learned: nothing comes before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdrun.dataset.base import Request, Split, Storage
+from kdrun.types import Batch
+
+POSITIONS = "position_ids"  # as the forward of transformers' models calls them
+
+
+class Sample(NamedTuple):
+    """One tokenised sample."""
+
+    tokens: list[int]
+    scored: list[bool]  # which of them are to be learned
+
+
+@dataclass(eq=False)
+class Ragged:
+    """Implements `kdrun.dataset.base.Storage`: rows int64 [B, 3, T] of inputs, targets (-1: none) and positions, T that of the longest."""
+
+    tokens: Tensor  # [M] int32, all rows one after the other
+    scored: Tensor  # [M] bool
+    positions: Tensor  # [M] int32, from 0 in every sequence
+    offsets: Tensor  # [N + 1] int64, where each row begins
+    pad: int = 0
+    prefetches: bool = False
+
+    @staticmethod
+    def of(rows: Iterable[Sequence[Sample]], pad: int = 0) -> Ragged:
+        """Rows of one or, packed, of several sequences each."""
+        tokens: list[int] = []
+        scored: list[bool] = []
+        positions: list[int] = []
+        offsets = [0]
+        for row in rows:
+            for sequence in row:
+                tokens += sequence.tokens
+                scored += [False, *sequence.scored[1:]]
+                positions += range(len(sequence.tokens))
+            offsets.append(len(tokens))
+        as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+        return Ragged(as_int(tokens), torch.tensor(scored, dtype=torch.bool), as_int(positions), torch.tensor(offsets), pad)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> Tensor:
+        """Tokens of each row, int64 [N]."""
+        return self.offsets.diff()
+
+    def scored_counts(self) -> Tensor:
+        """Scored tokens of each row, int64 [N]."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.scored.cumsum(0)])
+        return before[self.offsets[1:]] - before[self.offsets[:-1]]
+
+    def fetch(self, request: Request, device: torch.device) -> Tensor:
+        begin, end = self.offsets[request.positions], self.offsets[request.positions + 1]
+        steps = torch.arange(max(1, int((end - begin).max()) - 1)) if len(begin) else torch.arange(1)
+        place = begin[:, None] + steps
+        inside = place < end[:, None] - 1
+        here, after = place.clamp(max=len(self.tokens) - 1), (place + 1).clamp(max=len(self.tokens) - 1)
+        inputs = torch.where(inside, self.tokens[here].long(), self.pad)
+        targets = torch.where(inside & self.scored[after], self.tokens[after].long(), -1)
+        # Padding goes on counting: it is no sequence of its own.
+        positions = torch.where(inside, self.positions[here].long(), self.positions[end - 1].long()[:, None] + place - end[:, None] + 1)
+        return torch.stack([inputs, targets, positions], 1).to(device, non_blocking=True)
+
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]:
+        for request in requests:
+            yield request, self.fetch(request, device)
+
+    def digest(self, into: Any) -> None:
+        for part in (self.tokens, self.scored, self.positions, self.offsets):
+            into.update(part.contiguous().numpy().data)
+        into.update(f"padded with {self.pad}".encode())
+
+
+class TokenSplit(Split):
+    """A split whose targets lie beside its inputs. Its own `targets` [N] are 0: a row has no label but its tokens'."""
+
+    @staticmethod
+    def of(storage: Storage, ids: Tensor, **extra: Tensor) -> TokenSplit:
+        return TokenSplit(storage, torch.zeros(len(ids), dtype=torch.int64), ids, extra)
+
+    def batch(self, request: Request, inputs: Tensor, device: torch.device) -> Batch:
+        rows = super().batch(request, inputs[:, 0], device)
+        return rows._replace(targets=inputs[:, 1], extra={**rows.extra, POSITIONS: inputs[:, 2]})
+
+
+def packed(sequences: Iterable[Sample], length: int) -> Iterator[list[Sample]]:
+    """Rows of whole sequences, in their order, each row as full as `length` tokens allow; a longer sequence is a row of its own."""
+    row: list[Sample] = []
+    room = length
+    for sequence in sequences:
+        if row and len(sequence.tokens) > room:
+            yield row
+            row, room = [], length
+        row.append(sequence)
+        room -= len(sequence.tokens)
+    if row:
+        yield row

@@ -1,0 +1,81 @@
+"""What turns text into token ids and back: a tokenizer of the hub, or the symbols of a made-up world."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Vocabulary(Protocol):
+    """Token ids are 0 to `size` - 1; ids above it are padding of a model's matrix and no tokens."""
+
+    size: int
+    eos: int | None  # ends a text
+    pad: int  # fills rows up; never scored, never attended to by what is scored
+    digest: str  # two vocabularies with the same digest give every text the same ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without a beginning or an end of text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A vocabulary of written-out symbols, parted by spaces."""
+
+    names: tuple[str, ...]
+    eos: int | None = None
+    pad: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError for a word that is no symbol."""
+        return [self.names.index(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self.names[i] for i in ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenized:
+    """The vocabulary of a tokenizer of transformers."""
+
+    tokenizer: Any
+
+    @property
+    def size(self) -> int:
+        return len(self.tokenizer)
+
+    @property
+    def eos(self) -> int | None:
+        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def pad(self) -> int:
+        # Many published tokenizers have no padding; any id will do, since padding is never scored.
+        own = self.tokenizer.pad_token_id
+        return own if own is not None else (self.eos or 0)
+
+    @property
+    def digest(self) -> str:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids)))

@@ -1,0 +1,68 @@
+"""Distillation of a language model on given texts: L = ce_weight * CE + kd_weight * D(p, q) of every scored token, p teacher, q student.
+
+`divergence`, at temperature `temperature` and without a factor T^2 (language-model papers have T 1):
+    forward_kl   KL(p || q)                                            reverse_kl   KL(q || p)   (MiniLLM, arXiv 2306.08543)
+    jsd          b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q, b = `beta`   (GKD, arXiv 2306.13649)
+    tv           sum |p - q| / 2
+    skew_forward KL(p || a p + (1 - a) q), skew_reverse KL(q || (1 - a) p + a q), a = `skew`   (DistiLLM, arXiv 2402.03898)
+    adaptive     forward and reverse KL weighed by the gaps over the head and the tail, head mass `mu`   (AKL, arXiv 2404.02657)
+
+Unit: nats per token. Constants: beta 0.5 is the default of GKD's public code (TRL), skew 0.1 and mu 0.5 those of their papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+from kdrun.losses import token
+from kdrun.losses.chunked import RowLoss
+from kdrun.losses.divergence import cross_entropy
+from kdrun.objective._checks import require_nonnegative, require_positive, require_share
+from kdrun.objective._language import LanguageObjective
+from kdrun.types import Progress
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "skew_forward", "skew_reverse", "adaptive"]
+
+
+@dataclass(eq=False)
+class LanguageKD(LanguageObjective):
+    divergence: Divergence = "forward_kl"
+    ce_weight: float = 0.0
+    kd_weight: float = 1.0
+    temperature: float = 1.0
+    beta: float = 0.5
+    skew: float = 0.1
+    mu: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_nonnegative(self, "ce_weight", "kd_weight")
+        require_positive(self, "temperature")
+        require_share(self, "beta", "skew", "mu")
+        if self.divergence not in get_args(Divergence):
+            raise ValueError(f"divergence={self.divergence!r}: legal values {', '.join(get_args(Divergence))}")
+
+    def listens(self) -> bool:
+        return self.kd_weight > 0
+
+    def weights(self, progress: Progress) -> dict[str, float]:
+        return {"ce": self.ce_weight, "kd": self.kd_weight}
+
+    def row_losses(self) -> Mapping[str, tuple[RowLoss, bool]]:
+        losses: dict[str, tuple[RowLoss, bool]] = {"ce": (cross_entropy, False)} if self.ce_weight else {}
+        return losses | ({"kd": (partial(self._divergence(), temperature=self.temperature), True)} if self.kd_weight else {})
+
+    def _divergence(self) -> RowLoss:
+        choices: dict[str, RowLoss] = {
+            "forward_kl": token.forward_kl,
+            "reverse_kl": token.reverse_kl,
+            "jsd": partial(token.generalised_jsd, beta=self.beta),
+            "tv": token.total_variation,
+            "skew_forward": partial(token.skew_forward_kl, alpha=self.skew),
+            "skew_reverse": partial(token.skew_reverse_kl, alpha=self.skew),
+            "adaptive": partial(token.adaptive_kl, mu=self.mu),
+        }
+        return choices[self.divergence]
