@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ class Session:
         self._stages: list[StageRun] = []
         self._began = time.perf_counter(), time.process_time()
         self._initial: dict[int, str] = {}  # checksums of students before step 0, of teachers before a stage
+
+    def alone(self) -> Session:
+        """The same run for stages that are this rank's own."""
+        mine = copy.copy(self)  # the list of stages and what is known of teachers stay shared
+        mine.ranks = Ranks()
+        return mine
 
     def build(self, tree: Mapping[str, Any] | None = None, data: Data | None = None) -> Built:
         if tree is None and data is None:

@@ -177,8 +177,8 @@ class StageRun:
         else:
             self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
 
-    def advance(self, until: int | None = None) -> None:
-        """Train to that step and save, or to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
+    def advance(self, until: int | None = None, save: bool = True) -> None:
+        """Train to that step and `save` there, or to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
         whole = until is None
         if until is not None:
             self.stage.last_step = min(until, self.end)
@@ -201,7 +201,7 @@ class StageRun:
             raise Stopped(f"stopped at step {self.stage.step} of {self.end}; go on with: kdrun resume {self.home}")
         if whole:
             self.reporter.stage_done(self.stage.name)
-        else:
+        elif save:
             self.save(self.stage.step)
 
     def network(self) -> nn.Module:

@@ -37,8 +37,12 @@ class Training(Protocol):
     built: Any
     history: list[dict[str, Any]]  # of evaluations: {"step", "epoch", "validation", "test"}
 
-    def advance(self, until: int | None = None) -> None:
-        """Train to that step, no further, and save; to the end if None; nothing where it is past it."""
+    def advance(self, until: int | None = None, save: bool = True) -> None:
+        """Train to that step, no further, and save there unless it is to be at the usual cadence alone; to the end if None; nothing
+        where it is past it."""
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of the step it stands at, unless it is there."""
 
     def exported(self) -> nn.Module:
         """The network that counts, whole."""
@@ -51,7 +55,11 @@ class Session(Protocol):
     data: Data
     folder: Path
     device: torch.device
+    ranks: Any  # that share every stage of it
     reporter: Any
+
+    def alone(self) -> Session:
+        """The same run for stages that are this rank's own: what it builds and prepares is shared with no other rank."""
 
     def build(self, tree: Mapping[str, Any] | None = None, data: Data | None = None) -> Any:
         """The parts of a stage with a tree or data of its own. Raises `Refused`."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdrun import rng
 from kdrun.dataset.base import Data
+from kdrun.errors import RunFailed
 from kdrun.plan.exchange import Share, Upload, to_share
 from kdrun.source.density import Estimator, KMeansRatio, KuLSIF, Points, in_distribution, threshold
 from kdrun.source.federated import PROXY
@@ -53,6 +54,14 @@ class Filter:
         return torch.from_numpy(mask), time.process_time() - started
 
 
+class Report(NamedTuple):
+    """What a client tells of its training, which is nothing of its rows or weights."""
+
+    client: int
+    history: list[dict[str, Any]]  # its evaluations since it last told
+    seconds: float  # of its training so far
+
+
 @dataclass(eq=False)
 class Client:
     """A client whose training is a stage of the run."""
@@ -62,13 +71,25 @@ class Client:
     mask: Tensor  # bool [P], which proxy samples it speaks of
     training: Any
     device: torch.device
+    _told: int = field(default=0, init=False)  # evaluations
 
-    def train(self, until: int) -> None:
-        """Train to that optimiser step; nothing where it is past it."""
-        self.training.advance(until)
+    def train(self, until: int) -> Report:
+        """Train to that optimiser step; nothing where it is past it. Saved is at the run's cadence: the exchanges are kept, so a client
+        that goes on from an earlier round than others hears what it heard then."""
+        self.training.advance(until, save=False)
+        history = self.training.history[self._told :]
+        self._told += len(history)
+        return Report(self.number, history, self.training.spent()[0])
+
+    def save(self) -> None:
+        """Save where it stands."""
+        self.training.save(self.training.stage.step)
 
     def speak(self, rows: Tensor, share: Share, temperature: float) -> Upload:
-        """What it says, without gradient and in evaluation mode, of those proxy rows (positions [K]) that its filter lets through."""
+        """What it says, without gradient and in evaluation mode, of those proxy rows (positions [K]) that its filter lets through.
+
+        Raises `RunFailed` where that is not finite.
+        """
         rows = rows[self.mask[rows]]
         network = self.training.exported()
         was = network.training
@@ -81,6 +102,8 @@ class Client:
             ]
         network.train(was)
         logits = torch.cat(said).cpu() if said else torch.zeros(0, self.data.classes)
+        if not logits.isfinite().all():  # a GPU looks at its losses now and then only, and one client would spoil all of them
+            raise RunFailed(f"client {self.number} says what is not finite at step {self.training.stage.step}; nothing of it was exchanged")
         return Upload(self.number, self.data.split(PROXY).ids[rows], to_share(logits, share, temperature))
 
     def receive(self, number: int, ids: Tensor, targets: Tensor) -> None:

@@ -7,28 +7,35 @@ steps. Without a filter this is FedMD (Li, Wang 2019, arXiv 1910.03581), without
 
 Each client is one training stage of the run, by the one loop; a round is an epoch. Between the stages' segments lie the exchanges,
 which are kept, so a run goes on where it was stopped although its clients stand at different steps.
+
+Clients that outgrow one process are shared out over ranks: client k is rank k mod W's, which alone trains it, judges and speaks for it
+and writes its folder. Uploads travel, and every rank averages the same ones in the same order, so that on CPUs the result is that of one
+process to the last bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdrun import rng
-from kdrun.config import schema
-from kdrun.config.targets import ALLOWED, component
+from kdrun.config.schema import STUDENT_KEYS
+from kdrun.config.targets import allowed, component
 from kdrun.dataset.base import Data, Split, taken
-from kdrun.errors import Problem, Refused
+from kdrun.errors import EXIT_STOPPED, KdrunError, Problem, Refused
 from kdrun.objective.edgefd import COVERED, EdgeFD
 from kdrun.plan.base import Plan, Session
-from kdrun.plan.client import Client, Extract, Filter, client_seed, points
+from kdrun.plan.client import Client, Extract, Filter, Report, client_seed, points
 from kdrun.plan.exchange import Share, average, precision_and_recall, size
 from kdrun.plan.federation import Exchange, Outcome, Quiet
+from kdrun.plan.peers import Peers, ranks_of
 from kdrun.source import federated as source
 from kdrun.source.features import timm_features
 from kdrun.source.partition import by_class, contributed, dirichlet, holders, unlabelled
@@ -82,13 +89,13 @@ class Federated(Plan):
 
     def problems(self, tree: Mapping[str, Any], data: Data) -> list[Problem]:
         found: list[Problem] = []
-        allowed = (*ALLOWED, *(tree["run"].get("allow") or []))
-        if not issubclass(component(tree["source"]["_target_"], allowed, "source"), source.Federated):
+        packages = allowed(tree)
+        if not issubclass(component(tree["source"]["_target_"], packages, "source"), source.Federated):
             found.append(Problem("a client takes turns between its own rows and the shared ones", "source", "", "source=federated"))
         elif any(tree["source"][key] != getattr(self, key) for key in ("local_steps", "distill_steps")):
             remedy = "set plan.local_steps and plan.distill_steps alone: the source takes them from there"
             found.append(Problem("the steps of a round differ from those of the plan", "source.local_steps", "", remedy))
-        if self.distill_steps and not issubclass(component(tree["objective"]["_target_"], allowed, "objective"), EdgeFD):
+        if self.distill_steps and not issubclass(component(tree["objective"]["_target_"], packages, "objective"), EdgeFD):
             remedy = "objective=edgefd, or plan.distill_steps=0 for clients that stay alone"
             found.append(Problem("this objective does not learn from what other clients say", "objective", "", remedy))
         if tree["teacher"].get("kind", "none") != "none":
@@ -104,7 +111,31 @@ class Federated(Plan):
             found.append(Problem(f"{data.name} has no images", "plan.extractor", "", "plan.extractor=null"))
         if data.whole:
             found.append(Problem(f"{data.name} is one graph and cannot be shared out", "dataset", "", "a data set of single samples"))
-        return [*found, *self._partition_problems(tree, data), *self._student_problems(tree, data, allowed)]
+        if tree["evaluation"].get("patience") is not None:
+            what = "a client that stops early would go on speaking of what it knew then"
+            found.append(Problem(what, "evaluation.patience", "", "evaluation.patience=null: all clients train through all rounds"))
+        found += self._rank_problems(tree["hardware"])
+        return [*found, *self._partition_problems(tree, data), *self._student_problems(tree, data, packages)]
+
+    def _rank_problems(self, hardware: Mapping[str, Any]) -> list[Problem]:
+        ranks, found = ranks_of(hardware), []
+        if ranks == 1:
+            return []
+        if ranks > self.clients:
+            what = f"{ranks} ranks and {self.clients} clients: a client is on one rank, so some would have none"
+            found.append(Problem(what, "hardware.procs", "", f"hardware.procs={self.clients} at most, or more plan.clients"))
+        if hardware["wrap"] == "fsdp2":
+            found.append(
+                Problem("a client's student is whole on its rank", "hardware.wrap", "", "hardware.wrap=ddp, which wraps nothing here")
+            )
+        if isinstance(hardware["micro_batch"], list):
+            what = "sizes are those of a batch that is shared over ranks, and a client's is not"
+            found.append(Problem(what, "hardware.micro_batch", "", f"one number, e.g. hardware.micro_batch={max(hardware['micro_batch'])}"))
+        return found
+
+    def describe(self) -> str:
+        steps = f"{self.local_steps} local steps" + (f" and {self.distill_steps} distillation steps" if self.distill_steps else "")
+        return f"{self.clients} clients in {self.rounds} rounds of {steps}; over W ranks client k is on rank k mod W"
 
     def _partition_problems(self, tree: Mapping[str, Any], data: Data) -> list[Problem]:
         if self.partition == "classes":
@@ -122,13 +153,12 @@ class Federated(Plan):
             return [Problem(what, "plan.clients", "", "fewer clients, or a larger plan.concentration")]
         return []
 
-    def _student_problems(self, tree: Mapping[str, Any], data: Data, allowed: tuple[str, ...]) -> list[Problem]:
+    def _student_problems(self, tree: Mapping[str, Any], data: Data, packages: tuple[str, ...]) -> list[Problem]:
         found: list[Problem] = []
         for number, changes in enumerate(self.students):
-            reserved = {f.name for f in fields(schema.StudentKeys)}
+            node, key = {**tree["student"], **changes}, f"plan.students.{number}"
             try:
-                key = f"plan.students.{number}"
-                build_network({**tree["student"], **changes}, data.classes, data.input_shape, reserved=reserved, allowed=allowed, key=key)
+                build_network(node, data.classes, data.input_shape, reserved=STUDENT_KEYS, allowed=packages, key=key)
             except Refused as refused:
                 found += refused.problems
         return found
@@ -157,27 +187,35 @@ class Federated(Plan):
         pooled = pooled[split.ids[pooled].argsort()]
         return pooled, torch.stack([torch.isin(pooled, rows) for rows in given])
 
-    def _masks(self, session: Session, datas: list[Data], own: Tensor, truth: Tensor) -> dict[str, Any]:
-        """Who speaks of what, fixed for all rounds: {"mask": bool [clients, P], "seconds": of each client's filter}."""
+    def _masks(self, session: Session, peers: Peers, datas: Mapping[int, Data], own: Tensor, truth: Tensor) -> dict[str, Any]:
+        """Who speaks of what, fixed for all rounds: {"mask": bool [clients, P], "seconds": of each client's filter}. `datas` are those of
+        this rank's clients."""
         if not self.distill_steps or self.estimator in ("none", "oracle"):
             mask = truth | own if self.estimator == "oracle" else torch.ones_like(own)
-            return {"mask": mask, "seconds": [0.0] * len(datas)}
+            return {"mask": mask, "seconds": [0.0] * self.clients}
+        judged = ChainMap(*peers.together(lambda: self._judge(session, datas, own)))
+        mask = torch.stack([judged[number][0] for number in range(self.clients)])
+        return {"mask": mask, "seconds": [judged[number][1] for number in range(self.clients)]}
+
+    def _judge(self, session: Session, datas: Mapping[int, Data], own: Tensor) -> dict[int, tuple[Tensor, float]]:
+        """(mask [P], seconds) of the filters of this rank's clients, by client."""
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        extract = self._extractor(datas[0], session.device)
-        proxy = points(datas[0], source.PROXY, extract, session.device)
-        found = []
+        first = next(iter(datas.values()))
+        extract = self._extractor(first, session.device)
+        proxy = points(first, source.PROXY, extract, session.device)
+        found = {}
         # One thread: the sums behind a centroid depend on how many there are, and so would the seconds.
         with threadpool_limits(1):
-            for number, data in enumerate(datas):
+            for number, data in datas.items():
                 local = len(data.split("train").targets.unique())
                 how = Filter(
                     "kmeans" if self.estimator == "kmeans" else "kulsif",
                     self.centroids_per_class * local, self.id_quantile, self.auxiliary, self.kernel_width, self.ridge,
                 )  # fmt: skip
                 private = points(data, "train", extract, session.device)
-                found.append(how.judge(private, proxy, own[number], client_seed(session.tree["seed"], number)))
-        return {"mask": torch.stack([mask for mask, _ in found]), "seconds": [seconds for _, seconds in found]}
+                found[number] = how.judge(private, proxy, own[number], client_seed(session.tree["seed"], number))
+        return found
 
     def _extractor(self, data: Data, device: torch.device) -> Extract:
         if self.extractor is None:
@@ -187,39 +225,58 @@ class Federated(Plan):
     # -- carrying it out ------------------------------------------------------------------------------------------
 
     def run(self, session: Session) -> Any:
-        clients, outcome = self._enrol(session)
+        peers = Peers(session.ranks.rank, session.ranks.world, session.folder)
+        with peers.listening():
+            clients, outcome = self._enrol(session, peers)
+            try:
+                self._carry_out(session, peers, clients, outcome)
+            except KdrunError as error:
+                if error.exit_code == EXIT_STOPPED:  # the client that was training has saved; the others stand where they last spoke
+                    for client in clients:
+                        client.save()
+                raise
+            return peers.gather(outcome.finish())[0]
+
+    def _carry_out(self, session: Session, peers: Peers, clients: list[Client], outcome: Outcome) -> None:
+        """All rounds of this rank's clients."""
+
+        def train(until: int) -> list[Report]:
+            return [client.train(until) for client in clients]
+
         temperature = float(session.tree["objective"].get("temperature", 1.0))
         last = min(self.rounds, math.ceil(clients[0].training.end / self.round_steps))  # fewer in a dry run
         for number in range(1, last + 1):
-            before = (number - 1) * self.round_steps
-            for client in clients:
-                client.train(before + self.local_steps)
+            until = (number - 1) * self.round_steps + self.local_steps
+            outcome.hear(peers.together(lambda: train(until)))  # noqa: B023
             outcome.tell(number - 1)
             if self.distill_steps:
-                exchange = session.kept(f"round-{number}", lambda: self._exchange(session, clients, number, temperature))  # noqa: B023
+                exchange = session.kept(f"round-{number}", lambda: self._exchange(session, peers, clients, number, temperature))  # noqa: B023
                 outcome.exchanges.append(Exchange(exchange["up"], exchange["down"], exchange["covered"]))
                 for client in clients:
                     client.receive(number, exchange["ids"], exchange["targets"])
-        for client in clients:
-            client.train(last * self.round_steps)
+        outcome.hear(peers.together(lambda: train(last * self.round_steps)))
         outcome.tell(last)
-        return outcome.finish()
 
-    def _enrol(self, session: Session) -> tuple[list[Client], Outcome]:
-        """Share the rows out, make the filters, start every client's stage."""
+    def _enrol(self, session: Session, peers: Peers) -> tuple[list[Client], Outcome]:
+        """Share the rows out, make the filters, start the stages of this rank's clients."""
         tree, train = session.tree, session.data.split("train")
         parts = self.split_up(session.data, tree["seed"])
         pooled, own = self._pool(train, parts, tree["seed"])
         proxy = unlabelled(taken(train, pooled))
-        datas = [client_data(session.data, rows, proxy) for rows in parts]
+        datas = {number: client_data(session.data, rows, proxy) for number, rows in enumerate(parts) if peers.owns(number)}
         truth = torch.stack([torch.isin(train.targets[pooled], train.targets[rows]) for rows in parts])
-        filters = session.kept("filter", lambda: self._masks(session, datas, own, truth))
-        clients = []
-        for number, data in enumerate(datas):
-            node = self.client_tree(tree, number, session.device)
-            training: Any = session.prepare(f"clients/{number}", session.build(node, data))
-            training.reporter = Quiet(session.reporter)
-            clients.append(Client(number, data, filters["mask"][number], training, session.device))
+        filters = session.kept("filter", lambda: self._masks(session, peers, datas, own, truth))
+        clients: list[Client] = []
+
+        def start() -> None:
+            mine = session.alone()
+            for number, data in datas.items():
+                node = self.client_tree(tree, number, session.device)
+                training: Any = mine.prepare(f"clients/{number}", mine.build(node, data))
+                training.reporter = Quiet(session.reporter)
+                clients.append(Client(number, data, filters["mask"][number], training, session.device))
+
+        peers.together(start)
         quality = [precision_and_recall(filters["mask"][n : n + 1], truth[n : n + 1]) for n in range(self.clients)]
         table = [
             {
@@ -237,7 +294,7 @@ class Federated(Plan):
         if self.distill_steps:
             overall = precision_and_recall(filters["mask"], truth)
             metrics = {"filter_precision": overall[0], "filter_recall": overall[1], "filter_seconds": sum(filters["seconds"])}
-        return clients, Outcome(session, clients, self.rounds, table, metrics, len(pooled), self._about())
+        return clients, Outcome(session, list(clients), self.rounds, table, metrics, len(pooled), self._about())
 
     def _about(self) -> str:
         """How the clients share, in words."""
@@ -261,9 +318,7 @@ class Federated(Plan):
 
     def client_tree(self, tree: Mapping[str, Any], number: int, device: torch.device) -> dict[str, Any]:
         """The configuration of one client's stage."""
-        run, hardware = tree["run"], tree["hardware"]
-        # A segment of training ends in a checkpoint anyway, and no segment is longer than a round.
-        pace = run["checkpoint_every"] if run["checkpoint_every"] < 1 else self.rounds
+        hardware = tree["hardware"]
         # A stage that is compiled throws away what the ones before it had compiled; on a CPU auto compiles nothing.
         compiled = "off" if hardware["compile"] == "auto" and device.type == "cuda" else hardware["compile"]
         return {
@@ -271,17 +326,17 @@ class Federated(Plan):
             "seed": client_seed(tree["seed"], number),
             "student": self._student(tree, number),
             "source": {**tree["source"], "steps_per_epoch": self.round_steps},
-            "run": {**run, "checkpoint_every": pace},
             "hardware": {**hardware, "compile": compiled},
         }
 
-    def _exchange(self, session: Session, clients: list[Client], number: int, temperature: float) -> dict[str, Any]:
-        """One round's predictions and their average, as it is kept."""
+    def _exchange(self, session: Session, peers: Peers, clients: list[Client], number: int, temperature: float) -> dict[str, Any]:
+        """One round's predictions, of all ranks' clients, and their average, as it is kept."""
         count = len(clients[0].mask)
         rows = torch.arange(count)
         if self.proxy_per_round is not None:
             rows = rng.permutation(rng.key(session.tree["seed"], "proxy of the round"), count, number)[: self.proxy_per_round].sort().values
-        uploads = [client.speak(rows, self.share, temperature) for client in clients]
+        said = peers.together(lambda: [client.speak(rows, self.share, temperature) for client in clients])
+        uploads = sorted(chain(*said), key=lambda upload: upload.client)
         ids, targets = average(uploads, self.share, temperature)
         return {
             "ids": ids,

@@ -18,12 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdrun import rng
+from kdrun.config.check import instantiate
+from kdrun.config.schema import STUDENT_KEYS
+from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data, Split, taken
-from kdrun.errors import Problem
+from kdrun.errors import Problem, Refused
 from kdrun.objective.soft_ce import ROW
 from kdrun.plan.base import Plan, Session, Training
 from kdrun.source.selection import Acquisition, Pool, select
-from kdrun.student.taps import Tapped, ask
+from kdrun.student.build import build as build_network
+from kdrun.student.taps import Tapped, ask, model_spec
 from kdrun.types import Needs
 
 ASKED = Needs(teacher_logits=True)
@@ -45,9 +49,11 @@ class Rounds(Plan):
     feature: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "budget"):
-            if getattr(self, name) < 1:
+        for name in ("rounds", "budget", "labelled"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.lam < 0:
+            raise ValueError(f"lam={self.lam}: legal range [0, inf), a mislabelled point costs something or nothing")
         if self.acquisition not in get_args(Acquisition):
             raise ValueError(f"acquisition={self.acquisition!r}: legal values {', '.join(get_args(Acquisition))}")
         if self.mistakes is not None and not 0 <= self.mistakes < 1:
@@ -59,18 +65,61 @@ class Rounds(Plan):
         return f"{self.rounds + 1} students: on the labelled rows, then after each of {self.rounds} rounds of {self.budget} queries"
 
     def problems(self, tree: Mapping[str, Any], data: Data) -> list[Problem]:
-        found = []
-        pool = len(data.split("train")) - int(known_rows(data, self.labelled, tree["seed"]).sum())
-        if pool < self.rounds * self.budget:
-            what = f"{self.rounds} rounds of {self.budget} queries, and the pool has {pool} points"
-            found.append(Problem(what, "plan.budget", data.name, f"plan.budget={max(1, pool // self.rounds)} at most"))
+        if data.whole or data.split("train").targets.ndim > 1:
+            what = f"{data.name} has no single samples to ask about, one class each"
+            return [Problem(what, "dataset", "", "a data set of single samples with a class, e.g. dataset=regions")]
+        found = self._pool_problems(data)
+        if ROW not in instantiate(tree["objective"], "objective", allowed(tree)).needs().extra:
+            what = "this objective learns from the labels, also of points that nobody was asked about"
+            found.append(Problem(what, "objective", "", "objective=soft_ce, which learns from the answers"))
         if self.mistakes is None and "validation" not in data.splits:
             remedy = "dataset.validation=0.1, or the share of mistakes itself: plan.mistakes=0.2"
             what = "the teacher's share of mistakes is measured on validation rows, and there are none"
             found.append(Problem(what, "plan.mistakes", "", remedy))
-        if tree["teacher"].get("kind", "none") == "none":
+        kind = tree["teacher"].get("kind", "none")
+        if kind == "none":
             found.append(Problem("there is no teacher to ask", "teacher", "", "choose one, e.g. teacher=resnet56 (`kdrun ls teachers`)"))
-        return found
+        elif kind not in ("live", "truth"):
+            remedy = "a teacher of its own, e.g. teacher=resnet56 (`kdrun ls teachers`)"
+            found.append(Problem(f"a teacher of kind '{kind}' is the student itself, and knows no more", "teacher", "", remedy))
+        return found + self._feature_problems(tree, data)
+
+    def _pool_problems(self, data: Data) -> list[Problem]:
+        rows, asked = len(data.split("train")), self.rounds * self.budget
+        known = known_rows(data, self.labelled, 0).sum().item()  # whichever they are, they are so many
+        pool = rows - known
+        if self.labelled is None and pool == 0:
+            what = "every training row has its label, so there is nothing to ask about"
+            return [Problem(what, "plan.labelled", data.name, f"plan.labelled={max(1, rows - asked)}: so many labels to begin with")]
+        if known == 0:
+            what = "no training row has a label, so there is nothing to begin with"
+            return [Problem(what, "plan.labelled", data.name, f"plan.labelled={max(1, rows - asked)}")]
+        if pool >= asked:
+            return []
+        what = f"{self.rounds} rounds of {self.budget} queries, and the pool has {pool} points"
+        if pool < self.rounds:
+            return [
+                Problem(what, "plan.labelled", data.name, f"fewer labels to begin with: {rows} rows are {known} labelled ones and the pool")
+            ]
+        return [Problem(what, "plan.budget", data.name, f"plan.budget={pool // self.rounds} at most")]
+
+    def _feature_problems(self, tree: Mapping[str, Any], data: Data) -> list[Problem]:
+        """The tap is asked for after the first student is trained, and must be there before."""
+        if self.feature is None:
+            return []
+        student = tree["student"]
+        try:
+            packages = allowed(tree)
+            network = build_network(student, data.classes, data.input_shape, reserved=STUDENT_KEYS, allowed=packages, key="student")
+        except Refused:
+            return []  # told where the student is built
+        try:
+            model_spec(
+                network, data.input_shape, student.get("taps") or {}, (self.feature,), "student.taps", {self.feature: "plan.feature"}
+            )
+        except Refused as refused:
+            return refused.problems
+        return []
 
     def view(self, tree: Mapping[str, Any], data: Data) -> Data:
         """The labelled rows, with their labels as soft targets: what there is before the first query."""

@@ -1,6 +1,7 @@
 """The source of one client of a federation: in every round some batches of its own rows, then some of the shared proxy rows.
 
-A round is an epoch. The proxy rows come with what the other clients said of them (`receive`), by sample id.
+A round is an epoch. The proxy rows come with what the other clients said of them (`receive`), by sample id. A client is never shared
+over ranks: a rank has it whole, or not at all.
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ class Federated(Spec):
         return self.local_steps + self.distill_steps
 
     def stream(self, data: Data, split: str, place: Place) -> ClientStream:
-        """`data` has the client's private rows as `split`, and the shared ones as the split "proxy".
+        """`data` has the client's private rows as `split`, and the shared ones as the split "proxy". Whichever rank asks gets all of them.
 
         Raises:
-            Refused: a step that gives a rank no sample, sizes that do not add up.
+            Refused: sizes of micro-batches that do not add up.
         """
-        if self.distill_steps:
-            replace(place, micro_batch=None).check(self.proxy_batch_size, data.name, "source.proxy_batch_size")
-        return ClientStream(self, Loader(self.batch_size, augment=self.augment).stream(data, split, place))
+        whole = replace(place, rank=0, world=1)
+        return ClientStream(self, Loader(self.batch_size, augment=self.augment).stream(data, split, whole))
 
 
 @dataclass(eq=False)
@@ -81,7 +81,7 @@ class ClientStream(Stateless):
         self._round, self._rows, self._targets = number, rows, targets
 
     def group(self, step: int) -> list[Batch]:
-        """The micro-batches of optimiser step `step` (from 0) on this rank; one without rows where there is nothing to learn from."""
+        """The micro-batches of optimiser step `step` (from 0); one without rows where there is nothing to learn from."""
         number, at = divmod(step, self.steps_per_epoch)
         if at < self.spec.local_steps:
             return self.private.group(number * self.spec.local_steps + at)
@@ -95,8 +95,8 @@ class ClientStream(Stateless):
         if self._round != number:
             raise RunFailed(f"step {step} distils in round {number}, and the exchange at hand is that of round {self._round}")
         drawn = rng.permutation(rng.key(private.place.seed, "proxy batch"), len(self._rows), step)[: self.spec.proxy_batch_size]
-        if len(drawn) < private.place.world:
-            return [self._nothing()]  # on every rank alike
+        if not len(drawn):
+            return [self._nothing()]
         return [self._spoken(part) for part in private.place.mine(drawn)]
 
     def _spoken(self, chosen: Tensor) -> Batch:

@@ -15,7 +15,7 @@ from kdrun.config.compose import compose
 from kdrun.engine import state
 from kdrun.engine.build import load_data
 from kdrun.engine.records import METRICS, SUMMARY, read_json, read_lines
-from kdrun.errors import Refused
+from kdrun.errors import Refused, RunFailed
 from kdrun.objective.edgefd import COVERED
 from kdrun.plan.client import Client
 from kdrun.plan.exchange import Upload, precision_and_recall
@@ -43,6 +43,8 @@ FEDERATION = [
     "plan.proxy_fraction=0.3", "plan.students=[{hidden: [6]}]",
     "optim=adamw", f"optim.epochs={ROUNDS}", "optim.lr=0.01", "hardware=cpu", "hardware.threads=1", "run.log_every=1",
 ]  # fmt: skip
+
+RANKS = ["hardware=multi_gpu", "hardware.device=cpu"]
 
 
 def exchanges(folder: Path) -> list[dict[str, Any]]:
@@ -87,6 +89,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("clients 2", 4, []),  # in the middle of a distillation, two clients ahead
         ("clients 3", 7, []),  # at the last local step before an exchange
         ("clients 1", 9, ["run.checkpoint_every=0.4"]),  # with checkpoints inside a round
+        ("clients 1", 13, ["run.checkpoint_every=2"]),  # with fewer: all of them hear of round 3 anew
+        ("clients 2", 10, ["run.checkpoint_every=2"]),  # client 0 has saved round 2, client 2 nothing
+        ("clients 2", 14, ["run.checkpoint_every=50"]),  # all begin anew, and hear what was said
         ("clients 3", 15, []),  # at the very end
     ],
 )
@@ -124,11 +129,41 @@ def test_a_federation_killed_in_an_exchange_and_again_later_is_resumed_to_the_sa
     assert_same_federation(tmp_path / "run", unbroken)
 
 
+def test_clients_are_saved_at_the_run_s_cadence_and_not_at_every_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[tuple[str, int]] = []
+    original = state.save
+
+    def save(folder: Path, step: int, *args: Any, **more: Any) -> Path:
+        saved.append((folder.parent.name, step))
+        return original(folder, step, *args, **more)
+
+    monkeypatch.setattr(state, "save", save)
+    run([*FEDERATION, "run.checkpoint_every=2"], tmp_path / "run")
+    assert sorted(s for s in saved if s[0] != "kept") == [(str(n), step) for n in range(CLIENTS) for step in (10, 15)]
+
+
+def test_what_is_not_finite_is_not_exchanged(tmp_path: Path) -> None:
+    """On a GPU the losses are looked at now and then only."""
+    original = Client.speak
+
+    def speak(self: Client, *args: Any) -> Upload:
+        if self.number == 1:
+            with torch.no_grad():
+                next(self.training.exported().parameters()).fill_(torch.nan)
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "speak", speak)
+        with pytest.raises(RunFailed, match=f"client 1 says what is not finite at step {LOCAL}"):
+            run(FEDERATION, tmp_path / "run")
+    assert not (tmp_path / "run" / "kept" / "round-1").exists()
+
+
 def test_the_order_of_the_clients_does_not_matter(unbroken: Path, tmp_path: Path) -> None:
     original = Federated._enrol
 
-    def enrol(self: Federated, session: Any) -> Any:
-        clients, outcome = original(self, session)
+    def enrol(self: Federated, *args: Any) -> Any:
+        clients, outcome = original(self, *args)
         return clients[::-1], outcome
 
     with pytest.MonkeyPatch.context() as patch:
@@ -314,6 +349,10 @@ def test_a_dry_run_takes_two_steps_of_every_client(tmp_path: Path) -> None:
         (["plan.extractor=resnet18"], "plan.extractor", "plan.extractor=null"),
         (["plan.start_from=elsewhere"], "plan.students", "plan.students=[]"),
         (["plan.ridge=0"], "plan.ridge", "(0, inf)"),
+        (["evaluation.patience=2"], "evaluation.patience", "evaluation.patience=null"),
+        ([*RANKS, "hardware.procs=5"], "hardware.procs", "hardware.procs=4 at most"),
+        ([*RANKS, "hardware.procs=2", "hardware.wrap=fsdp2"], "hardware.wrap", "hardware.wrap=ddp"),
+        ([*RANKS, "hardware.procs=2", "hardware.micro_batch=[6,2]"], "hardware.micro_batch", "hardware.micro_batch=6"),
         (["plan.estimator=kmean"], "plan.estimator", "kmeans"),
         (["plan=single", "source=loader"], "dataset", "rows it has"),
     ],

@@ -96,6 +96,32 @@ def test_a_pool_too_small_and_a_missing_teacher_are_refused_before_anything_is_w
         Rounds(acquisition="coreset")
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "remedy"),
+    [
+        (["plan.budget=31"], "plan.budget", "plan.budget=30 at most"),
+        (["plan.labelled=75"], "plan.labelled", None),  # one point for two rounds
+        (["plan.labelled=0"], "plan.labelled", None),
+        (["plan.lam=-1"], "plan.lam", "[0, inf)"),
+        (["plan.acquisition=coreset", "plan.feature=f9"], "plan.feature", "did you mean fc or f1?"),
+        (["objective=ce"], "objective", "objective=soft_ce"),
+        (["teacher=ema"], "teacher", "of its own"),
+        (["dataset=digits", "plan.mistakes=0.1"], "plan.labelled", "plan.labelled="),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_student_is_trained(
+    change: list[str], key: str, remedy: str | None, tmp_path: Path
+) -> None:
+    replaced = tuple(f"{c.partition('=')[0]}." for c in change if "." not in c.partition("=")[0])
+    kept = [o for o in SMALL if not o.startswith(replaced)] if replaced else SMALL
+    with pytest.raises(Refused) as refused:
+        run([*kept, *change], tmp_path / "run")
+    found = [p for p in refused.value.problems if p.key == key]
+    assert found
+    assert remedy is None or any(remedy in p.remedy for p in found), found
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("choice", [["plan.acquisition=coreset", "plan.feature=f1"], ["plan.warm_start=true"], ["plan.mistakes=0.3"]])
 def test_other_selections_run(choice: list[str], tmp_path: Path) -> None:
     summary = run([*SMALL, *choice], tmp_path / "run")
