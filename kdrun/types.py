@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,17 @@ class Source(Stateful, Protocol):
 
     def feedback(self, ids: Tensor, scores: Tensor) -> None:
         """Scores by sample id, pushed after the step, for sources that select."""
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """A source whose batches are written by the networks themselves."""
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """The bare networks, before the first step."""
+
+    def report(self) -> dict[str, float]:
+        """What writing has cost, apart from training."""
 
 
 class Teacher(Stateful, Protocol):

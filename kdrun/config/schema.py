@@ -106,6 +106,7 @@ class TeacherKeys:
     speaks: Literal["classes", "tensor"] = "classes"
     decay: float = 0.999  # kind ema: of the moving average of the student
     corrupt: float = 0.0  # so many of the training samples get what the teacher says of another one
+    prompt: Literal["own", "privileged"] = "own"  # privileged: it reads the prompts that the data set has for it
     extra: str | None = None  # kind truth: the row of Batch.extra that speaks
     checkpoint: str | None = None
     rename: list[list[str]] = field(default_factory=list)

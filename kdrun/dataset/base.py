@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -179,6 +179,7 @@ class Data:
     total_ids: int
     whole: bool = False  # the rows of a split are one graph: they can only be asked for all together, in their order
     vocabulary: Vocabulary | None = None  # of text: its classes are tokens
+    reward: Callable[[list[int], list[int]], float] | None = None  # how good a completion is: (reference tokens, written tokens)
     fingerprint: str = field(init=False)  # of the ordered ids, targets, content and transforms
 
     def __post_init__(self) -> None:

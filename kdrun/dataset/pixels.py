@@ -34,6 +34,14 @@ class PixelSplit(Split):
         return rows._replace(targets=labels.masked_fill(labels == VOID, -1))
 
 
+class BlankSplit(Split):
+    """A split whose pixels are all of the first class, for planning without data."""
+
+    def batch(self, request: Request, inputs: Tensor, device: torch.device) -> Batch:
+        rows = super().batch(request, inputs, device)
+        return rows._replace(targets=torch.zeros_like(inputs[:, 0], dtype=torch.int64))
+
+
 @dataclass(frozen=True)
 class ScaleCropFlip:
     """Random scale, crop and horizontal flip of image and mask together, on the device; evaluation takes the whole image.

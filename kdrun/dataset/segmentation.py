@@ -20,7 +20,7 @@ from kdrun.dataset.augment import Normalise
 from kdrun.dataset.base import Data, Resident, Storage
 from kdrun.dataset.decode import DAMAGED, Decoder, ImageColumn
 from kdrun.dataset.images import channel_statistics, check_splits
-from kdrun.dataset.pixels import VOID, PixelSplit, ScaleCropFlip
+from kdrun.dataset.pixels import VOID, BlankSplit, PixelSplit, ScaleCropFlip
 from kdrun.dataset.select import Selection, select
 from kdrun.dataset.streamed import Streamed
 from kdrun.errors import Problem, Refused
@@ -162,6 +162,11 @@ class SegmentationData:
         shape = tuple(self.input_shape or (CHANNELS, *pixels["train"].shape[2:]))
         mean, std = transform.normalise.mean, transform.normalise.std
         return Data(self.name, tuple(self.class_names), shape, mean, std, splits, sum(len(p) for p in pairs.values()))
+
+    @staticmethod
+    def stand_in(storage: Storage, ids: Tensor, shape: Sequence[int], classes: int) -> BlankSplit:
+        """Rows of the right form without their content, to plan with."""
+        return BlankSplit(storage, torch.zeros(len(ids), dtype=torch.int64), ids)
 
     def _crop(self) -> tuple[int, int] | None:
         return None if self.input_shape is None else (self.input_shape[1], self.input_shape[2])

@@ -91,16 +91,27 @@ class Ragged:
         into.update(f"padded with {self.pad}".encode())
 
 
+@dataclass(frozen=True, eq=False)
 class TokenSplit(Split):
     """A split whose targets lie beside its inputs. Its own `targets` [N] are 0: a row has no label but its tokens'."""
 
+    privileged: Storage | None = None  # the same rows after the prompts that a privileged teacher reads
+
     @staticmethod
-    def of(storage: Storage, ids: Tensor, **extra: Tensor) -> TokenSplit:
-        return TokenSplit(storage, torch.zeros(len(ids), dtype=torch.int64), ids, extra)
+    def of(storage: Storage, ids: Tensor, privileged: Storage | None = None, **extra: Tensor) -> TokenSplit:
+        return TokenSplit(storage, torch.zeros(len(ids), dtype=torch.int64), ids, extra, privileged=privileged)
 
     def batch(self, request: Request, inputs: Tensor, device: torch.device) -> Batch:
         rows = super().batch(request, inputs[:, 0], device)
         return rows._replace(targets=inputs[:, 1], extra={**rows.extra, POSITIONS: inputs[:, 2]})
+
+
+def prompts_of(rows: Tensor) -> tuple[list[Tensor], list[list[int]]]:
+    """(prompts [T_i], the scored tokens that follow them) of stored rows [B, 3, T]: a prompt ends where the first token is scored."""
+    inputs, targets = rows[:, 0], rows[:, 1]
+    scored = targets >= 0
+    first = torch.where(scored.any(1), scored.int().argmax(1), inputs.shape[1] - 1).tolist()
+    return [row[: n + 1] for row, n in zip(inputs, first, strict=True)], [y[y >= 0].tolist() for y in targets]
 
 
 def packed(sequences: Iterable[Sample], length: int) -> Iterator[list[Sample]]:

@@ -12,10 +12,20 @@ from typing import Any, Protocol
 class Vocabulary(Protocol):
     """Token ids are 0 to `size` - 1; ids above it are padding of a model's matrix and no tokens."""
 
-    size: int
-    eos: int | None  # ends a text
-    pad: int  # fills rows up; never scored, never attended to by what is scored
-    digest: str  # two vocabularies with the same digest give every text the same ids
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def eos(self) -> int | None:
+        """Ends a text."""
+
+    @property
+    def pad(self) -> int:
+        """Fills rows up; never scored, never attended to by what is scored."""
+
+    @property
+    def digest(self) -> str:
+        """Two vocabularies with the same digest give every text the same ids."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without a beginning or an end of text."""
@@ -60,7 +70,7 @@ class Tokenized:
 
     @property
     def eos(self) -> int | None:
-        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+        return self.tokenizer.eos_token_id
 
     @property
     def pad(self) -> int:

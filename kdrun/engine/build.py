@@ -19,20 +19,22 @@ from kdrun.engine.device import channels_last
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
 from kdrun.engine.records import STUDENT_FILE
+from kdrun.engine.texts import text_problems
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
 from kdrun.student.taps import Tapped, model_spec
 from kdrun.student.weights import load_weights
 from kdrun.teacher.corrupted import CorruptedLive, CorruptedTruth, Corruption
-from kdrun.teacher.follower import EmaTeacher, SnapshotTeacher
+from kdrun.teacher.follower import CurrentTeacher, EmaTeacher, Follower, SnapshotTeacher
 from kdrun.teacher.live import LiveTeacher, affine_between
 from kdrun.teacher.once import OnceTeacher
 from kdrun.teacher.silent import NoTeacher
 from kdrun.teacher.truth import TruthTeacher
 from kdrun.types import Context, ModelSpec, Source, Teacher
 
-TEACHER_KINDS = ("none", "truth", "live", "snapshot", "ema")
+TEACHER_KINDS = ("none", "truth", "live", "snapshot", "ema", "current")
+TEACHER = "teacher"  # plan.start_from: the student begins as its teacher
 
 
 @dataclass
@@ -81,6 +83,8 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     student_spec = _spec(tree, network, "student", data, _asked(tree, "student", needs.student_taps), problems)
     teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
     _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
+    live = {"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {}
+    problems += text_problems(data, {"student": network, **live}, objective)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     problems += evaluation.problems(data)
     if not problems:
@@ -130,7 +134,7 @@ def given_weights(tree: Mapping[str, Any]) -> dict[str, Path]:
     teacher = tree["teacher"].get("checkpoint") if tree["teacher"].get("kind") == "live" else None
     files = {"student.checkpoint": tree["student"].get("checkpoint"), "teacher.checkpoint": teacher}
     found = {key: Path(file) for key, file in files.items() if file}
-    if tree["plan"].get("start_from"):
+    if tree["plan"].get("start_from") and tree["plan"]["start_from"] != TEACHER:
         start = Path(tree["plan"]["start_from"])
         found["plan.start_from"] = start / STUDENT_FILE if start.is_dir() else start
     return found
@@ -141,7 +145,24 @@ def start_from(built: Built) -> Built:
     file = given_weights(built.tree).get("plan.start_from")
     if file is not None:
         load_weights(built.network, file, key="plan.start_from")
+        follow_anew(built)
     return built
+
+
+def follow_anew(built: Built) -> None:
+    """A teacher that is the student itself begins with the weights that the student begins with."""
+    if isinstance(built.teacher, Follower):
+        built.teacher.network.load_state_dict(built.network.state_dict())
+
+
+def start_from_teacher(built: Built) -> None:
+    """The student begins as its teacher, whose weights are there (plan.start_from=teacher). Raises `Refused` where their shapes differ."""
+    assert isinstance(built.teacher, LiveTeacher)
+    own, theirs = built.network.state_dict(), built.teacher.network.state_dict()
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
+        what = "the student is another network than the teacher"
+        raise Refused(Problem(what, "plan.start_from", "", "the same student as teacher, or plan.start_from=null"))
+    built.network.load_state_dict(theirs)
 
 
 def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:
@@ -168,8 +189,8 @@ def build_teacher(
         if corruption is not None:
             return CorruptedTruth(corruption, data.classes, data.input_shape, row)
         return TruthTeacher(data.classes, data.input_shape, row)
-    if kind in ("snapshot", "ema"):
-        return _follower(tree, data, kind, wanted, problems, student)
+    if kind in ("snapshot", "ema", "current"):
+        return _in_its_context(node, _follower(tree, data, kind, wanted, problems, student))
     if kind != "live":
         raise Refused(Problem(f"there is no kind of teacher named '{kind}'", "teacher.kind", "", did_you_mean(kind, TEACHER_KINDS)))
     torch.manual_seed(rng.key(node.get("seed", 0), "student"))
@@ -185,7 +206,12 @@ def build_teacher(
         affine = affine_between(data.mean, data.std, node["mean"], node["std"])
     if corruption is not None:
         return CorruptedLive(corruption, tapped, spec, affine)
-    return OnceTeacher(tapped, spec, affine) if data.whole else LiveTeacher(tapped, spec, affine)
+    return OnceTeacher(tapped, spec, affine) if data.whole else _in_its_context(node, LiveTeacher(tapped, spec, affine))
+
+
+def _in_its_context(node: Mapping[str, Any], teacher: Any) -> Any:
+    teacher.privileged = node.get("prompt") == "privileged"
+    return teacher
 
 
 def _follower(
@@ -197,8 +223,8 @@ def _follower(
     spec = _spec(tree, student, "student", data, _asked(tree, "teacher", wanted), problems)
     if spec is None:
         return NoTeacher()  # its problems are on the list; nothing will run
-    if kind == "snapshot":
-        return SnapshotTeacher(student, spec, taps, wanted)
+    if kind in ("snapshot", "current"):
+        return (SnapshotTeacher if kind == "snapshot" else CurrentTeacher)(student, spec, taps, wanted)
     return EmaTeacher(student, spec, taps, wanted, tree["teacher"].get("decay", 0.999))
 
 

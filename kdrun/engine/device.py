@@ -42,7 +42,7 @@ def decide_compile(hardware: Mapping[str, Any], device: torch.device, total_step
     where compiled convolutions are measured to be slower for some pairs."""
     wanted = hardware["compile"]
     if not compilable:
-        return False, "compile off: this objective differentiates twice"
+        return False, "compile off: this objective cannot be compiled"
     if wanted != "auto":
         return wanted == "on", f"compile {wanted}: as asked"
     if device.type != "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
-from kdrun.config.targets import allowed
-from kdrun.dataset.base import Data, Request, Split, taken
+from kdrun.config.targets import ALLOWED, allowed, component
+from kdrun.dataset.base import Data, Request, Split, Storage, taken
 from kdrun.engine import loop, provenance
 from kdrun.engine.build import Built, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
@@ -55,20 +55,26 @@ class _StandIn:
         into.update(repr(self.shape).encode())
 
 
-def stand_in(node: Mapping[str, Any]) -> Data | None:
-    """The data set's outside, from its stated sizes; None where they are not stated and it must be loaded."""
+def stand_in(node: Mapping[str, Any], packages: Collection[str] = ALLOWED) -> Data | None:
+    """The data set's outside, from its stated sizes; None where they are not stated and it must be loaded. One whose targets are not a
+    class for each row makes its own splits: `stand_in(storage, ids, input_shape, classes)` of its class."""
     sizes, shape, classes = node.get("sizes"), node.get("input_shape"), node.get("classes")
     if not sizes or not shape or not classes:
         return None
     held = round(float(node.get("validation") or 0) * sizes["train"])
     train = int(node.get("subset") or sizes["train"] - held)
+    make = getattr(component(node.get("_target_"), packages, "dataset"), "stand_in", _classes_in_turn)
     splits, first = {}, 0
     for name, rows in (("train", train), ("validation", held), ("test", int(node.get("subset_test") or sizes["test"]))):
         if not rows:
             continue
-        splits[name] = Split(_StandIn(rows, tuple(shape)), torch.arange(rows) % classes, torch.arange(first, first + rows))
+        splits[name] = make(_StandIn(rows, tuple(shape)), torch.arange(first, first + rows), tuple(shape), classes)
         first += rows
     return Data(str(node["name"]), tuple(map(str, range(classes))), tuple(shape), tuple(node["mean"]), tuple(node["std"]), splits, first)
+
+
+def _classes_in_turn(storage: Storage, ids: Tensor, shape: Sequence[int], classes: int) -> Split:
+    return Split(storage, torch.arange(len(ids)) % classes, ids)
 
 
 def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
         tree[who] = {**tree[who], **{key: False for key in ("pretrained", "pretrained_backbone") if key in tree[who]}}
     device = pick_device(tree["hardware"])
     set_up(tree["hardware"], device)
-    data = stand_in(tree["dataset"]) or load_data(tree)
+    data = stand_in(tree["dataset"], allowed(tree)) or load_data(tree)
     built = build_first(tree, data, device, Ranks())
     data = built.data
     needs = built.objective.needs()

@@ -13,7 +13,7 @@ import torch
 from kdrun.config.compose import Composed
 from kdrun.dataset.base import Data
 from kdrun.engine import state
-from kdrun.engine.build import Built, build, build_first, start_from
+from kdrun.engine.build import TEACHER, Built, build, build_first, start_from, start_from_teacher
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
@@ -74,6 +74,8 @@ class Session:
                 if spec is None
                 else train_teacher(self.composed, spec, built, self.folder, self.device, self.ranks, self.reporter)
             )
+            if built.tree["plan"].get("start_from") == TEACHER:
+                start_from_teacher(built)
         facts = self._teachers[id(built)]
         if facts:
             self.reporter.note(teacher_line(facts, built.evaluation.primary))

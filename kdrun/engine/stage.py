@@ -27,10 +27,11 @@ from kdrun.engine.report import Reporter
 from kdrun.errors import KdrunError
 from kdrun.evaluation.protocol import best_epoch
 from kdrun.teacher.live import LiveTeacher
-from kdrun.types import Batch, Signal, Start
+from kdrun.types import Batch, Signal, Start, Writes
 
 DRY_STEPS = 2
 ROWS_AT_ONCE = 500  # of the walk over the training rows before step 0
+NUMBERS_AT_ONCE = 2**24  # of their inputs: fewer rows where they are large images
 WARM_UP_STEPS = 10  # left out of the throughput: allocation, autotuning, compilation
 
 
@@ -44,6 +45,8 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
     """The loop's view of a stage, at step 0."""
     hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
     source = open_source(tree, built.data, device, ranks)
+    if isinstance(source, Writes):
+        source.attach(built.network, built.teacher.network if isinstance(built.teacher, LiveTeacher) else None)
     start_objective(built, device)
     ema = build_ema(built.network, optim["ema"])
     compiled, reason = decide_compile(hardware, device, built.total_steps, objective.compilable)
@@ -84,7 +87,8 @@ def start_objective(built: Built, device: torch.device) -> None:
     needs, teacher = built.objective.needs(), built.teacher
 
     def rows() -> Iterator[tuple[Batch, Signal]]:
-        for batch in built.data.batches("train", ROWS_AT_ONCE, device):
+        at_once = max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // max(1, math.prod(built.data.input_shape))))
+        for batch in built.data.batches("train", at_once, device):
             yield batch, teacher.signal(batch, needs)
 
     network = teacher.network if isinstance(teacher, LiveTeacher) else None
@@ -152,7 +156,10 @@ class StageRun:
     # -- the loop's hooks -----------------------------------------------------------------------------------------
 
     def logged(self, step: int, record: dict[str, Any]) -> None:
-        self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record})
+        spent = self.stage.source.report() if isinstance(self.stage.source, Writes) else {}
+        self.metrics.write(
+            {"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record, **spent}
+        )
         self._measure_rate(step)
         self.reporter.logged(
             self.stage.name, step, {**record, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)}

@@ -47,9 +47,10 @@ class Classification(Evaluation):
 
     def problems(self, data: Data) -> list[Problem]:
         fitting = "graph" if data.whole else "segmentation" if data.split("train").targets.ndim > 1 else None
+        fitting = "language" if data.vocabulary is not None else fitting
         if fitting is None or type(self) is not Classification:
             return []
-        of = "the nodes of a graph, not all of them labelled" if data.whole else "pixels"
+        of = {"graph": "the nodes of a graph, not all of them labelled", "segmentation": "pixels", "language": "tokens"}[fitting]
         return [Problem(f"{data.name} has labels of {of}", "evaluation", data.name, f"evaluation={fitting}")]
 
     def names(self, classes: int | None = None) -> list[str]:

@@ -1,10 +1,10 @@
 """Evaluation of a language model on given texts: what it says of every scored token.
 
-    nll, perplexity     -log q(y), its mean over tokens and the exponential of that
-    top1, ece, entropy  share of tokens that are its first choice; calibration of that choice (Guo et al., ICML 2017); -sum q log q
-    agreement, kl_teacher, rkl_teacher     first choices in common with the teacher; KL(p || q) and KL(q || p), p the teacher
-    kl_truth, rkl_truth, agreement_truth   the same against the exact distribution, in worlds that know it ("truth_logits")
-    head_mass, tail_mass    the mass of its own 5 largest probabilities, and of its smallest fifth (as TAID's Table 3 looks at them)
+nll, perplexity     -log q(y), its mean over tokens and the exponential of that
+top1, ece, entropy  share of tokens that are its first choice; calibration of that choice (Guo et al., ICML 2017); -sum q log q
+agreement, kl_teacher, rkl_teacher     first choices in common with the teacher; KL(p || q) and KL(q || p), p the teacher
+kl_truth, rkl_truth, agreement_truth   the same against the exact distribution, in worlds that know it ("truth_logits")
+head_mass, tail_mass    the mass of its own 5 largest probabilities, and of its smallest fifth (as TAID's Table 3 looks at them)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kdrun.evaluation.base import Evaluation, Rows
 from kdrun.evaluation.calibration import CalibrationError, confidence_and_hits
 from kdrun.losses.divergence import kl_between
 from kdrun.student.taps import ask, reads_tokens
-from kdrun.types import Batch, Teacher
+from kdrun.types import Teacher
 
 TRUTH = "truth_logits"
 HEAD, TAIL = 5, 0.2  # tokens of the head; share of the vocabulary in the tail (TAID's world: 8 of 40)
@@ -86,7 +86,11 @@ class Language(Evaluation):
             first = next((i for i, y in enumerate(targets) if y >= 0), 0)
             told = [i for i, y in enumerate(targets) if y >= 0]
             decode = data.vocabulary.decode
-            row = {"prompt": decode(inputs[: first + 1]), "text": decode([targets[i] for i in told]), "student": decode([chosen[i] for i in told])}
+            row = {
+                "prompt": decode(inputs[: first + 1]),
+                "text": decode([targets[i] for i in told]),
+                "student": decode([chosen[i] for i in told]),
+            }
             lines.append(json.dumps(row, ensure_ascii=False))
         (folder / SAMPLES).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -154,11 +158,19 @@ class _Sums(Metric):
         }
         if teacher is not None:
             log_p = F.log_softmax(teacher, -1)
-            rows |= {"agreement": log_p.argmax(-1) == choice, "kl_teacher": kl_between(log_p, log_q), "rkl_teacher": kl_between(log_q, log_p)}
+            rows |= {
+                "agreement": log_p.argmax(-1) == choice,
+                "kl_teacher": kl_between(log_p, log_q),
+                "rkl_teacher": kl_between(log_q, log_p),
+            }
             rows["with_teacher"] = rows["tokens"]
         if truth is not None:
             log_o = F.log_softmax(truth, -1)
-            rows |= {"agreement_truth": log_o.argmax(-1) == choice, "kl_truth": kl_between(log_o, log_q), "rkl_truth": kl_between(log_q, log_o)}
+            rows |= {
+                "agreement_truth": log_o.argmax(-1) == choice,
+                "kl_truth": kl_between(log_o, log_q),
+                "rkl_truth": kl_between(log_q, log_o),
+            }
             rows |= {"truth_entropy": -(log_o.exp() * log_o).sum(-1), "with_truth": rows["tokens"]}
         nothing = torch.zeros((), dtype=torch.float64, device=logits.device)
         added = [rows[n].sum(dtype=torch.float64) if n in rows else nothing for n in (*self.NAMES, *self.COUNTS)]

@@ -61,6 +61,9 @@ KINDS: dict[str, MetricKind] = {
     "support_share": MetricKind("percent", True),  # of a pool, what could have been drawn
     **{f"top1_{pick}": MetricKind("percent", True) for pick in ("picked", "largest", "random", "best")},
     "perplexity": MetricKind("", False),
+    "reward": MetricKind("percent", True),
+    "pass_k": MetricKind("percent", True),
+    "length": MetricKind("tokens", False),
     "entropy": MetricKind("nats", True),
     "truth_entropy": MetricKind("nats", True),
     **{name: MetricKind("nats", False) for name in ("rkl_teacher", "kl_truth", "rkl_truth")},

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ PICTURE = "segmentation.png"
 @dataclass(eq=False)
 class Segmentation(Evaluation):
     """Percentages: `miou`, `pixel_accuracy`, and `iou_<class>` of every class. Raises `Refused` for a field outside its range."""
+
+    uses_teacher: ClassVar[bool] = False
 
     primary: str = "miou"
     examples: int = 4  # test images in the picture at the end of a run; 0: no picture
@@ -64,7 +66,7 @@ class Segmentation(Evaluation):
         logits = teacher.signal(batch, Needs(teacher_logits=True)).logits
         if logits is not None:
             said = {"teacher": logits.argmax(1).cpu()} | said
-        draw(folder / "plots" / PICTURE, _shown(batch, data), batch.targets.cpu(), said, data.class_names)
+        draw(folder / "plots" / PICTURE, shown(batch, data), batch.targets.cpu(), said, data.class_names)
 
 
 class Meter:
@@ -95,7 +97,7 @@ def plain(class_name: str) -> str:
     return re.sub(r"\W+", "_", class_name.lower()).strip("_")
 
 
-def _shown(batch: Batch, data: Data) -> Tensor:
+def shown(batch: Batch, data: Data) -> Tensor:
     """The inputs as pictures [B, H, W, 3] in [0, 1]; what is no photograph is stretched to its own range."""
     mean, std = (torch.tensor(v, device=batch.inputs.device).view(-1, 1, 1) for v in (data.mean, data.std))
     pixels = (batch.inputs * std + mean).cpu()

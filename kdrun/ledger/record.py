@@ -37,7 +37,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     primary = tree["evaluation"]["primary"]
     claims = [judge_claim(text, table, primary) for text in tree["claims"] if _answerable(text, table, primary)]
     claimed = {metric for text in tree["claims"] for _, metric in parse_claim(text, primary).sides}
-    measured_names = instantiate(tree["evaluation"], "evaluation", allowed(tree)).names()
+    kept = {primary, *claimed, *instantiate(tree["evaluation"], "evaluation", allowed(tree)).names()}
     published = lookup(tree["published"], composed.facts(), method, primary)
     measured = list(table.get(method, {}).get(primary, {}).values())
     told = kind(primary)
@@ -56,7 +56,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         "scale": tree["scale"],
         "metric": primary,
         "method": method,
-        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in {primary, *claimed, *measured_names}} for arm, metrics in table.items()},
+        "arms": {arm: {m: _row(v) for m, v in metrics.items() if m in kept} for arm, metrics in table.items()},
         "differences": {
             arm: dataclasses.asdict(paired(table[method][primary], table[arm][primary]))
             for arm in table

@@ -14,15 +14,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from kdrun.losses.chunked import RowLoss, chunked_sum, head, stored
+from kdrun.errors import Problem
+from kdrun.losses.chunked import RowLoss, Targets, chunked_sum, head, stored, together
 from kdrun.losses.token import REDUCTIONS, Weights, sequence_weights
 from kdrun.objective.base import Gather, Objective
 from kdrun.student.language import has_plain_head, head_of, hidden_states
-from kdrun.student.taps import taken_by
+from kdrun.student.taps import reads_tokens, taken_by
+from kdrun.teacher.context import beside_student, in_context
 from kdrun.types import Batch, Connectors, Context, Needs, Signal, Start, Term
 
 CHUNKED_FROM = 8192  # tokens of a vocabulary; below, the logits of a batch are small
 Projection = Literal["auto", "whole", "chunked"]
+TEACHER, TOKENS = "teacher", "tokens"
 SUM, COUNT = "row_sum", "row_count"  # rows [B] that after_step is given: the term "kd" summed over each sample's tokens, and their number
 
 
@@ -34,6 +37,8 @@ class LanguageObjective(Objective):
     max_length: int | None = None  # of reduction "dr"
     projection: Projection = "auto"
 
+    _chunked = _privileged = _sharded = False  # no fields: found out when the run is built
+
     def __post_init__(self) -> None:
         if self.projection not in get_args(Projection):
             raise ValueError(f"projection={self.projection!r}: legal values {', '.join(get_args(Projection))}")
@@ -41,7 +46,6 @@ class LanguageObjective(Objective):
             raise ValueError(f"reduction={self.reduction!r}: legal values {', '.join(REDUCTIONS)}")
         if (self.reduction == "dr") != (self.max_length is not None):
             raise ValueError(f"max_length={self.max_length}: reduction dr needs a length, and no other has one")
-        self._chunked, self._network = False, ()
 
     # -- what a subclass says -----------------------------------------------------------------------------------------
 
@@ -49,9 +53,9 @@ class LanguageObjective(Objective):
         """Whether any term looks at the teacher."""
         return True
 
-    def row_losses(self) -> Mapping[str, tuple[RowLoss, bool]]:
-        """By term: the loss of rows of student logits [N, V] -> [N], and what it is compared with: the teacher's logits [N, V] (True)
-        or the tokens that came [N] (False)."""
+    def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
+        """By term: the loss of rows of student logits [N, V] -> [N], and what it is given beside them: "teacher" (its logits [N, V]),
+        "tokens" (those that came [N]), or rows of batch.extra [B, T] by name."""
         raise NotImplementedError
 
     # -- the rest -----------------------------------------------------------------------------------------------------
@@ -60,15 +64,31 @@ class LanguageObjective(Objective):
         return Needs(teacher_logits=self.listens() and not self._chunked)
 
     def setup(self, context: Context) -> Connectors:
-        self._chunked = self.projection == "chunked" or (self.projection == "auto" and context.classes >= CHUNKED_FROM)
+        self._network: tuple[nn.Module, ...] = ()
+        self._chunked = self.projection == "chunked" or (
+            self.projection == "auto" and context.classes >= CHUNKED_FROM and not self._sharded
+        )
         return nn.ModuleDict()
 
     def start(self, start: Start, connectors: Connectors) -> None:
         """Only two plain heads can be applied in parts."""
         teacher = [] if start.teacher is None else [start.teacher]
-        plain = all(has_plain_head(network) for network in (start.student, *teacher))
-        self._chunked = self._chunked and plain and bool(teacher or not self.listens())
+        self._chunked = (
+            self._chunked and bool(teacher or not self.listens()) and all(has_plain_head(network) for network in (start.student, *teacher))
+        )
         self._network = tuple(teacher)  # in a tuple: not a part of this objective
+
+    def problems(self, tree: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None) -> list[Problem]:
+        self._privileged = tree["teacher"].get("prompt") == "privileged"
+        # A sharded network gathers its weights when it is called as a whole, which the chunks go around.
+        self._sharded = tree["hardware"].get("wrap") == "fsdp2"
+        found = []
+        if self._sharded and self.projection == "chunked":
+            remedy = "objective.projection=whole, or hardware.wrap=ddp"
+            found.append(Problem("the logits of a student that is sharded by FSDP2 are made at once", "objective.projection", "", remedy))
+        if not reads_tokens(student):
+            found.append(Problem("the student is no language model", "student", "", "student=causal_lm, or objective=kd for classes"))
+        return found
 
     def units(self) -> tuple[str, ...]:
         return ("token", "sample")
@@ -90,9 +110,8 @@ class LanguageObjective(Objective):
         scored = batch.targets >= 0
         logits = student(batch.inputs, batch.extra)[0][scored]
         found = {}
-        for name, (loss, of_teacher) in self.row_losses().items():
-            other = self._said(signal)[scored] if of_teacher else batch.targets[scored]
-            losses = loss(logits, other)
+        for name, (loss, kinds) in self.row_losses().items():
+            losses = loss(logits, *(self._said(signal)[scored] if kind == TEACHER else self._rows(batch, kind)[scored] for kind in kinds))
             kept = torch.zeros(scored.shape, dtype=losses.dtype, device=losses.device).masked_scatter(scored, losses.detach())
             found[name] = (losses * weights.weights[scored]).sum(), kept
         return found
@@ -101,19 +120,24 @@ class LanguageObjective(Objective):
         assert signal.logits is not None
         return signal.logits.detach()
 
+    def _rows(self, batch: Batch, kind: str) -> Tensor:
+        return batch.targets if kind == TOKENS else batch.extra[kind]
+
     def _chunk_sums(self, student: Any, batch: Batch, weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
         own = student.module
         hidden = hidden_states(own, batch.inputs, **taken_by(own, batch.extra)).flatten(0, 1)
-        losses, told = self.row_losses(), stored(batch.targets.flatten())
-        if any(of_teacher for _, of_teacher in losses.values()):
-            with torch.no_grad():
-                network = self._network[0]
-                theirs = hidden_states(network, batch.inputs, **taken_by(network, batch.extra)).flatten(0, 1)
-            said = head(theirs, *head_of(network))
+        losses, parts = self.row_losses(), {}
+        for kind in {kind for _, kinds in losses.values() for kind in kinds}:
+            parts[kind] = self._teacher_head(batch) if kind == TEACHER else stored(self._rows(batch, kind).flatten())
         found = {}
-        for name, (loss, of_teacher) in losses.items():
-            total = chunked_sum(hidden, *head_of(own), said if of_teacher else told, loss, weights.weights.flatten())
+        for name, (loss, kinds) in losses.items():
+            total = chunked_sum(hidden, *head_of(own), together(*(parts[kind] for kind in kinds)), loss, weights.weights.flatten())
             found[name] = total.sum, total.rows.view(batch.targets.shape)
         return found
 
-
+    @torch.no_grad()
+    def _teacher_head(self, batch: Batch) -> Targets:
+        """The teacher's logits, to be made a few tokens at a time."""
+        network, read = self._network[0], in_context(batch) if self._privileged else batch
+        theirs = hidden_states(network, read.inputs, **taken_by(network, read.extra))
+        return head((beside_student(theirs, batch) if self._privileged else theirs).flatten(0, 1), *head_of(network))

@@ -1,7 +1,9 @@
-"""What objectives on pairs of feature maps share: taps, alignment of the student's map, pooling, one scale for both."""
+"""What objectives on pairs of feature maps share: the task's own loss, taps, alignment of the student's map, pooling, one scale for
+both, and a start from parts of the teacher."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 from kdrun.errors import Problem, Refused
 from kdrun.losses.precision import widen
-from kdrun.objective._checks import require_nonnegative, require_positive
+from kdrun.objective._checks import require_legal, require_nonnegative
+from kdrun.objective._tasks import EXTRA, TERMS, Task, refuse_others, with_truth
 from kdrun.objective.base import Objective
-from kdrun.types import Connectors, Context, Needs, Output, Signal, Start
+from kdrun.student.weights import copy_parts
+from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Start
 
 
 class Align(nn.Module):
@@ -38,44 +42,72 @@ class MapObjective(Objective):
     """Base of objectives on (teacher map, aligned student map): both average-pooled, and with `standardise` both divided by
     the standard deviation of the teacher's map over the training images, one number for each map.
 
+    `task`: the loss beside the distillation, on labels or of a detector. `pool`: one number for all maps or one for each.
+    `inherit`: parts of the student (module paths, e.g. a detector's neck and head) that start with the teacher's weights, as far
+    as names and shapes are the same.
+
     `_state` holds every tensor of the objective's state by name; it is made in `setup`.
     """
 
     ce_weight: float = 1.0
     student_taps: list[str] = field(default_factory=lambda: ["map"])
     teacher_taps: list[str] = field(default_factory=lambda: ["map"])
-    pool: int = 1
+    pool: int | list[int] = 1
     standardise: bool = False
+    task: Task = "ce"
+    inherit: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require_nonnegative(self, "ce_weight")
-        require_positive(self, "pool")
+        require_legal(self, "task")
+        if not self.pools or not all(1 <= pool < math.inf for pool in self.pools):
+            raise ValueError(f"pool={self.pool}: legal range [1, inf)")
         if not self.student_taps or len(self.student_taps) != len(self.teacher_taps):
             raise ValueError(f"student_taps={self.student_taps}: one tap for each of teacher_taps={self.teacher_taps}, at least one")
+        if len(self.pools) != len(self.teacher_taps):
+            raise ValueError(f"pool={self.pool}: one number, or one for each of the {len(self.teacher_taps)} maps")
+
+    @property
+    def compilable(self) -> bool:  # type: ignore[override]
+        return self.task == "ce"  # see kdrun.objective.detection
+
+    @property
+    def pools(self) -> list[int]:
+        """By which each pair of maps is average-pooled."""
+        return self.pool if isinstance(self.pool, list) else [self.pool] * len(self.teacher_taps)
 
     def distils(self) -> bool:
         """Whether anything is asked of the teacher."""
         raise NotImplementedError
 
     def needs(self) -> Needs:
-        return Needs(teacher_taps=tuple(self.teacher_taps), student_taps=tuple(self.student_taps)) if self.distils() else Needs()
+        extra = EXTRA[self.task]
+        if not self.distils():
+            return Needs(extra=extra)
+        return Needs(
+            teacher_taps=tuple(self.teacher_taps),
+            student_taps=tuple(self.student_taps),
+            teacher_network=bool(self.inherit),
+            extra=extra,
+        )
 
     def setup(self, context: Context) -> Connectors:
         """The alignment of every pair of maps. Raises Refused for taps that are no maps [C, H, W], or smaller than the pooling."""
         self._state = {"scale": torch.ones(len(self.teacher_taps))}
+        self._seed = context.seed
         if not self.distils():
             return nn.ModuleDict()
         assert context.teacher is not None
         students, teachers = ([spec.taps[t] for t in taps] for spec, taps in self._sides(context))
         problems = [
             Problem(
-                f"the {who}'s {tap} has shape {list(shape)}, where a map [C, H, W] of at least {self.pool}x{self.pool} is compared",
+                f"the {who}'s {tap} has shape {list(shape)}, where a map [C, H, W] of at least {pool}x{pool} is compared",
                 f"objective.{who}_taps",
                 remedy="name taps that are maps (a segmentation network has 'map'), or a smaller objective.pool",
             )
             for who, taps, shapes in (("student", self.student_taps, students), ("teacher", self.teacher_taps, teachers))
-            for tap, shape in zip(taps, shapes, strict=True)
-            if len(shape) != 3 or (who == "teacher" and min(shape[1:]) < self.pool)
+            for tap, shape, pool in zip(taps, shapes, self.pools, strict=True)
+            if len(shape) != 3 or (who == "teacher" and min(shape[1:]) < pool)
         ]
         if problems:
             raise Refused(problems)
@@ -88,10 +120,15 @@ class MapObjective(Objective):
         """(C, H, W) of every pair of maps as they are compared."""
         assert context.teacher is not None
         shapes = [context.teacher.taps[tap] for tap in self.teacher_taps]
-        return [(c, h // self.pool, w // self.pool) for c, h, w in shapes]
+        return [(c, h // pool, w // pool) for (c, h, w), pool in zip(shapes, self.pools, strict=True)]
 
     def start(self, start: Start, connectors: Connectors) -> None:
-        """Measure the scale: one walk over the training rows."""
+        """Inherit; measure the scale: one walk over the training rows. Raises Refused for a student that cannot do the task, and for
+        parts of which nothing fits."""
+        refuse_others(self.task, start)
+        if self.inherit and self.distils():
+            assert start.teacher is not None
+            copy_parts(start.student, start.teacher, self.inherit, "objective.inherit")
         if not (self.standardise and self.distils()):
             return
         scale = self._state["scale"]
@@ -103,6 +140,13 @@ class MapObjective(Objective):
         # A teacher that says one number everywhere has no scale to divide by.
         self._state["scale"] = torch.where(variance > 0, variance, 1.0).sqrt().to(scale)
 
+    def task_weights(self) -> dict[str, float]:
+        """The weight of each of the task's terms."""
+        return dict.fromkeys(TERMS[self.task], self.ce_weight)
+
+    def prepare(self, batch: Batch, progress: Progress) -> Batch:
+        return with_truth(self.task, batch, self._seed, progress)
+
     def maps(self, output: Output, signal: Signal, connectors: Connectors) -> list[tuple[Tensor, Tensor]]:
         """(F_T without gradient, F_S aligned) for each pair of taps, [B, C, H, W] both."""
         pairs = []
@@ -113,8 +157,8 @@ class MapObjective(Objective):
         return pairs
 
     def _prepared(self, maps: Tensor, which: int) -> Tensor:
-        wide = widen(maps)
-        pooled = F.avg_pool2d(wide, self.pool) if self.pool > 1 else wide
+        wide, pool = widen(maps), self.pools[which]
+        pooled = F.avg_pool2d(wide, pool) if pool > 1 else wide
         return pooled / self._state["scale"][which] if self.standardise else pooled
 
     def to(self, device: Any) -> None:

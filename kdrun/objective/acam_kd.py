@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.precision import widen, without_autocast
 from kdrun.losses.spatial import Dice, Norm, channel_masked_error, mask_overlap, spatial_masked_error
 from kdrun.objective._checks import require_nonnegative
 from kdrun.objective._maps import MapObjective
+from kdrun.objective._tasks import task_terms
 from kdrun.types import Batch, Connectors, Context, Output, Progress, Signal, Start, Term
 
 Side = Literal["teacher", "student"]
@@ -139,10 +139,10 @@ class ACAMKD(MapObjective):
             watched[: len(ids)] = ids.to(watched)
 
     def weights(self, progress: Progress) -> dict[str, float]:
-        return {"ce": self.ce_weight, "channel": self.alpha, "spatial": self.alpha, "diversity": self.diversity}
+        return {**self.task_weights(), "channel": self.alpha, "spatial": self.alpha, "diversity": self.diversity}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = task_terms(self.task, output, batch)
         if not self.distils():
             return terms
         errors: dict[str, list[Tensor]] = {"channel": [], "spatial": []}

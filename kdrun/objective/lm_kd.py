@@ -21,7 +21,7 @@ from kdrun.losses import token
 from kdrun.losses.chunked import RowLoss
 from kdrun.losses.divergence import cross_entropy
 from kdrun.objective._checks import require_nonnegative, require_positive, require_share
-from kdrun.objective._language import LanguageObjective
+from kdrun.objective._language import TEACHER, TOKENS, LanguageObjective
 from kdrun.types import Progress
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "skew_forward", "skew_reverse", "adaptive"]
@@ -40,6 +40,8 @@ class LanguageKD(LanguageObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_nonnegative(self, "ce_weight", "kd_weight")
+        if not self.ce_weight and not self.kd_weight:
+            raise ValueError("ce_weight=0 and kd_weight=0: one of them above 0, or nothing is learned")
         require_positive(self, "temperature")
         require_share(self, "beta", "skew", "mu")
         if self.divergence not in get_args(Divergence):
@@ -51,9 +53,9 @@ class LanguageKD(LanguageObjective):
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": self.ce_weight, "kd": self.kd_weight}
 
-    def row_losses(self) -> Mapping[str, tuple[RowLoss, bool]]:
-        losses: dict[str, tuple[RowLoss, bool]] = {"ce": (cross_entropy, False)} if self.ce_weight else {}
-        return losses | ({"kd": (partial(self._divergence(), temperature=self.temperature), True)} if self.kd_weight else {})
+    def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
+        losses: dict[str, tuple[RowLoss, tuple[str, ...]]] = {"ce": (cross_entropy, (TOKENS,))} if self.ce_weight else {}
+        return losses | ({"kd": (partial(self._divergence(), temperature=self.temperature), (TEACHER,))} if self.kd_weight else {})
 
     def _divergence(self) -> RowLoss:
         choices: dict[str, RowLoss] = {

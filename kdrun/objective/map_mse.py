@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.feature import mean_squared_error
 from kdrun.objective._checks import require_nonnegative
 from kdrun.objective._maps import MapObjective
+from kdrun.objective._tasks import task_terms
 from kdrun.types import Batch, Connectors, Output, Progress, Signal, Term
 
 
@@ -33,10 +33,10 @@ class MapMSE(MapObjective):
         return self.beta > 0
 
     def weights(self, progress: Progress) -> dict[str, float]:
-        return {"ce": self.ce_weight, "mse": self.beta}
+        return {**self.task_weights(), "mse": self.beta}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = task_terms(self.task, output, batch)
         if self.distils():
             errors = [mean_squared_error(student, teacher).sum() for teacher, student in self.maps(output, signal, connectors)]
             terms["mse"] = Term(torch.stack(errors).sum(), "sample")

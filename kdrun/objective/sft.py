@@ -1,6 +1,7 @@
-"""Supervised fine-tuning of a language model, and sequence-level KD: -log q(y_i | y_<i) of every scored token.
+"""Supervised fine-tuning of a language model, and sequence-level KD: L = -log q(y_i | y_<i) of every scored token.
 
 On a teacher's own texts this is sequence-level knowledge distillation (Kim and Rush, EMNLP 2016, arXiv 1606.07947). Unit: nats per token.
+No constants.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from kdrun.losses.chunked import RowLoss
 from kdrun.losses.divergence import cross_entropy
-from kdrun.objective._language import LanguageObjective
+from kdrun.objective._language import TOKENS, LanguageObjective
 from kdrun.types import Progress
 
 
@@ -22,5 +23,5 @@ class SFT(LanguageObjective):
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": 1.0}
 
-    def row_losses(self) -> Mapping[str, tuple[RowLoss, bool]]:
-        return {"ce": (cross_entropy, False)}
+    def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
+        return {"ce": (cross_entropy, (TOKENS,))}

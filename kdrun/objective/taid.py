@@ -1,6 +1,6 @@
 """TAID: Temporally Adaptive Interpolated Distillation (Shing et al., ICLR 2025, arXiv 2501.16937; code SakanaAI/TAID).
 
-    p_t = softmax((1 - t) stopgrad(zs) + t zt),   J = KL(p_t || q) of every scored token,   gradient q - p_t
+    p_t = softmax((1 - t) stopgrad(zs) + t zt),   L = J = KL(p_t || q) of every scored token,   gradient q - p_t
 
 and t moves once per step, after the loss was taken with the present one (n steps done before this batch, N in all):
 
@@ -27,7 +27,7 @@ from kdrun.losses import token
 from kdrun.losses.chunked import RowLoss
 from kdrun.losses.divergence import cross_entropy
 from kdrun.objective._checks import require_nonnegative, require_share
-from kdrun.objective._language import COUNT, SUM, LanguageObjective
+from kdrun.objective._language import COUNT, SUM, TEACHER, TOKENS, LanguageObjective
 from kdrun.types import Connectors, Context, Progress
 
 EPS = 1e-15  # authors' code
@@ -48,7 +48,10 @@ class TAID(LanguageObjective):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share(self, "t_start", "t_end", "beta")
-        require_nonnegative(self, "alpha", "ce_weight", "kd_weight")
+        require_nonnegative(self, "ce_weight", "kd_weight")
+        require_nonnegative(self, "alpha")
+        if not self.ce_weight and not self.kd_weight:
+            raise ValueError("ce_weight=0 and kd_weight=0: one of them above 0, or nothing is learned")
         if self.t_start > self.t_end:
             raise ValueError(f"t_start={self.t_start}: legal range [0, t_end={self.t_end}]")
         if self.value not in get_args(Value):
@@ -69,9 +72,9 @@ class TAID(LanguageObjective):
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": self.ce_weight, "kd": self.kd_weight}
 
-    def row_losses(self) -> Mapping[str, tuple[RowLoss, bool]]:
-        losses: dict[str, tuple[RowLoss, bool]] = {"ce": (cross_entropy, False)} if self.ce_weight else {}
-        return losses | {"kd": (partial(token.taid, t=self.state["t"], value=self.value), True)}
+    def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
+        losses: dict[str, tuple[RowLoss, tuple[str, ...]]] = {"ce": (cross_entropy, (TOKENS,))} if self.ce_weight else {}
+        return losses | {"kd": (partial(token.taid, t=self.state["t"], value=self.value), (TEACHER,))}
 
     def after_step(self, ids: Tensor, kept: Mapping[str, Tensor], progress: Progress) -> None:
         loss = kept[SUM].double().sum() / kept[COUNT].sum().clamp(min=1)

@@ -86,17 +86,17 @@ class EpochLoader(Stateless):
         return batch._replace(extra={**batch.extra, "held_out_inputs": held.inputs, "held_out_targets": held.targets})
 
     def _batches(self, step: int) -> list[Batch]:
-        pieces, seed, device = self._pieces(step), self.place.seed, self.place.device
+        pieces, seed, device = self.pieces(step), self.place.seed, self.place.device
         if not self.data.split(self.split).storage.prefetches:
             return [self.data.rows(self.split, index, view, seed, self.spec.augment, device) for index, view in pieces]
         if self._ahead is None or self._ahead[0] != step:
-            plan = (piece for s in itertools.count(step) for piece in self._pieces(s))
+            plan = (piece for s in itertools.count(step) for piece in self.pieces(s))
             self._ahead = step, self.data.stream(self.split, plan, seed, self.spec.augment, device)
         batches = self._ahead[1]
         self._ahead = step + 1, batches
         return [next(batches) for _ in pieces]
 
-    def _pieces(self, step: int) -> list[tuple[Tensor, Tensor]]:
+    def pieces(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """(positions, views) of the micro-batches of a step on this rank."""
         epoch, at = divmod(step, self.steps_per_epoch)
         whole = self._epoch_order(epoch)[at * self.spec.batch_size : (at + 1) * self.spec.batch_size]

@@ -24,6 +24,8 @@ def networks() -> dict[str, Callable[..., nn.Module]]:
             if not inspect.isfunction(function) or function.__module__ != info.name or name.startswith("_"):
                 continue
             first, *rest = [*inspect.signature(function).parameters.values(), None]
+            if any(p is not None and p.name == "name" and p.default is None for p in rest):
+                continue  # it makes what a name says, and there is none
             if first is not None and first.name == "num_classes" and all(p is None or p.default is not p.empty for p in rest):
                 found[f"{info.name}.{name}"] = function
     return found

@@ -114,7 +114,7 @@ def _logits(network: nn.Module, output: Any) -> Tensor:
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None:
         raise TypeError(f"its forward returns {type(output).__name__}, not logits [B, C]")
-    return logits[..., : network.vocabulary] if reads_tokens(network) else logits  # type: ignore[misc]
+    return logits[..., : network.vocabulary] if reads_tokens(network) else logits
 
 
 def reads_tokens(network: nn.Module) -> bool:
@@ -170,7 +170,7 @@ def stand_ins(network: nn.Module, rows: int, like: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
+def untouched(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, no gradient; afterwards every module's mode and the random state are what they were."""
     modes = [(module, module.training) for module in network.modules()]
     devices = [device] if device.type == "cuda" else []
@@ -205,7 +205,7 @@ def model_spec(
     asked = asked or {}
     handles = _install(module, box, taps, wanted, key, asked)
     try:
-        with _untouched(module, x.device):
+        with untouched(module, x.device):
             logits = _logits(module, module(x, **stand_ins(module, 1, x)))
     except Exception as error:  # whatever a foreign network raises on an input that it was not made for
         what = f"{type(module).__name__} cannot run on an input of shape {list(input_shape)}: {error}"

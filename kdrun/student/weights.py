@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdrun.errors import Problem, Refused
+from kdrun.student.adapters import as_adapted, plain_state
 from kdrun.student.known import BATCHES, fitting
 from kdrun.student.statefile import read_state
 from kdrun.student.taps import Tapped
@@ -143,13 +144,13 @@ def load_weights(module: nn.Module, path: str | Path, rename: Rules = (), key: s
     """
     path, module = Path(path), bare(module)
     file = read_state(path, key)
-    own = module.state_dict()
+    own = plain_state(module)
     namings = list(_namings(file.tensors, rename, f"{key}: rename"))
     naming = max(namings, key=lambda n: len(own.keys() & n.tensors.keys()))  # the first of equals: least taken off
     misfit = _misfit(module, own, naming.tensors)
     if misfit:
         raise Refused([Problem(what, key=key, where=str(path), remedy=remedy) for what, remedy in misfit])
-    module.load_state_dict({name: naming.tensors.get(name, tensor) for name, tensor in own.items()})
+    module.load_state_dict(as_adapted(module, naming.tensors))
     return {
         "file": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -159,6 +160,24 @@ def load_weights(module: nn.Module, path: str | Path, rename: Rules = (), key: s
         "renamed": naming.renamed,
         "metadata": file.metadata,
     }
+
+
+def copy_parts(module: nn.Module, source: nn.Module, parts: Sequence[str], key: str) -> int:
+    """Copy the weights of another network's `parts` (module paths) where names and shapes are the same; how many tensors that were.
+
+    Raises `kdrun.errors.Refused` for a part of which nothing fits. `key`: what names the parts in the configuration.
+    """
+    own, theirs = bare(module).state_dict(), bare(source).state_dict()
+    copied = 0
+    for part in parts:
+        fits = [name for name, tensor in theirs.items() if name.startswith(f"{part}.") and name in own and own[name].shape == tensor.shape]
+        if not fits:
+            what = f"nothing of the teacher's '{part}' fits the student"
+            raise Refused(Problem(what, key=key, remedy="name parts that both networks have, or none: []"))
+        for name in fits:
+            own[name].copy_(theirs[name])
+        copied += len(fits)
+    return copied
 
 
 def sha256_of(module: nn.Module) -> str:
@@ -180,12 +199,12 @@ def sha256_of(module: nn.Module) -> str:
 def save_student(module: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the student alone as safetensors (law 5): ``network.load_state_dict(safetensors.torch.load_file(path))`` takes it.
 
-    Names have no prefix, tied tensors are written twice so that plain torch finds each name. `metadata`: strings as they are, anything
+    Names have no prefix, tied tensors are written twice so that plain torch finds each name, adapters are merged into their layers. `metadata`: strings as they are, anything
     else as JSON. The same weights and metadata are the same bytes. The file appears whole or not at all.
     """
     path = Path(path)
     # clone: safetensors refuses tensors that share memory
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in bare(module).state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain_state(bare(module)).items()}
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in (metadata or {}).items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

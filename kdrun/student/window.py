@@ -24,13 +24,17 @@ class WindowLM(nn.Module):
         super().__init__()
         if min(num_classes, contexts, hidden) < 1:
             raise ValueError(f"num_classes={num_classes}, contexts={contexts} and hidden={hidden} must be at least 1")
-        self.vocabulary = num_classes
-        self.context, self.before, self.last = nn.Embedding(contexts, WIDTH), nn.Embedding(num_classes, WIDTH), nn.Embedding(num_classes, WIDTH)
+        self.vocabulary, self.ids = num_classes, num_classes + contexts
+        self.context, self.before, self.last = (
+            nn.Embedding(contexts, WIDTH),
+            nn.Embedding(num_classes, WIDTH),
+            nn.Embedding(num_classes, WIDTH),
+        )
         self.body = nn.Linear(3 * WIDTH, hidden)
         self.head = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden_states(x))  # type: ignore[no-any-return]
+        return self.head(self.hidden_states(x))
 
     def hidden_states(self, x: Tensor) -> Tensor:
         """What the head reads, [B, T] -> [B, T, hidden]."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdrun.errors import Problem, Refused
 from kdrun.student.taps import Tapped
+from kdrun.teacher.context import beside_student, in_context
 from kdrun.types import Batch, ModelSpec, Needs, Progress, Signal
 
 
@@ -25,6 +26,7 @@ class Follower:
     """
 
     follows = True
+    privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
 
     def __init__(self, student: nn.Module, spec: ModelSpec, taps: Mapping[str, str] | None = None, wanted: Iterable[str] = ()) -> None:
         self.network = copy.deepcopy(student).eval().requires_grad_(False)
@@ -37,6 +39,9 @@ class Follower:
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         if not needs.teacher_logits and not needs.teacher_taps:
             return Signal(None, {})
+        if self.privileged:
+            read = in_context(batch)
+            return Signal(beside_student(self.forward(read.inputs, read.extra)[0], batch), {})
         logits, taps = self.forward(batch.inputs, batch.extra)
         return Signal(logits, taps)
 
@@ -73,6 +78,13 @@ class SnapshotTeacher(Follower):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.epochs_seen = int(state["epochs_seen"])
+
+
+class CurrentTeacher(Follower):
+    """The student as it is at the beginning of the step: of use where it reads another prompt than the student."""
+
+    def after_step(self, student: nn.Module, progress: Progress) -> None:
+        self.network.load_state_dict(student.state_dict())
 
 
 class EmaTeacher(Follower):

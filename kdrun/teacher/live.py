@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrun.teacher.context import beside_student, in_context
 from kdrun.types import Batch, ModelSpec, Needs, Progress, Signal
 
 
@@ -15,6 +16,7 @@ class LiveTeacher:
     """`module` returns (logits, taps by name). `affine` maps the data set's normalisation to the teacher's own."""
 
     follows = False
+    privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
 
     def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -43,6 +45,9 @@ class LiveTeacher:
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         if not needs.teacher_logits and not needs.teacher_taps:
             return Signal(None, {})
+        if self.privileged:
+            read = in_context(batch)
+            return Signal(beside_student(self.forward(read.inputs, read.extra)[0], batch), {})
         logits, taps = self.forward(self.renormalise(batch.inputs), batch.extra)
         return Signal(logits, taps)
 

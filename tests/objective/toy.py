@@ -18,7 +18,9 @@ from kdrun.types import COUPLED_UNITS, Batch, Connectors, Context, ModelSpec, Ou
 CONF = Path(__file__).parents[2] / "conf" / "objective"
 ALL = sorted(path.stem for path in CONF.glob("*.yaml"))
 DIFFUSION = {"denoise", "sfd"}  # they noise or generate what the networks see: no logits of a toy; see their own tests
-NAMES = sorted({*ALL} - DIFFUSION)
+DETECTION = {"detection"}  # its forward gives no logits but losses; see its own tests
+LANGUAGE = {"sft", "lm_kd", "taid"}  # they ask the networks for hidden states or logits of tokens; see their own tests
+NAMES = sorted({*ALL} - DIFFUSION - DETECTION - LANGUAGE)
 
 CLASSES, STEP = 5, 8
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])  # by sample id; class 4 never occurs

@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import write_parquet
 from tests.dataset import pairs
+from tests.dataset.annotated import write_coco
 from tests.dataset.graphs import PITFALLS_FILES, PLANETOID_CLASSES, write_archive, write_pitfalls
 
 # Networks of timm's own tests: the real stems and heads of a timm model in half a million parameters.
@@ -41,8 +42,9 @@ def write_graphs(folder: Path) -> dict[str, Path]:
 
 
 def write_pairs(folder: Path) -> dict[str, Path]:
-    """Images with masks, by data set."""
-    return {"camvid": pairs.write_packed(folder / "camvid"), "cityscapes": pairs.write_cities(folder / "cityscapes")}
+    """Images with masks or boxes, by data set."""
+    found = {"camvid": pairs.write_packed(folder / "camvid"), "cityscapes": pairs.write_cities(folder / "cityscapes")}
+    return found | {"coco": write_coco(folder / "coco", classes=80)}
 
 
 def fewer_queries(tree: Mapping[str, Any]) -> list[str]:
@@ -55,7 +57,7 @@ def stand_in(dataset: str, folders: dict[str, Path], plan: str = "single") -> li
     """The overrides that put the stand-in of a data set under a recipe; `folders` by data set."""
     if plan == "federated" and dataset in folders:
         return [*CPU, f"dataset.path={folders[dataset]}", "dataset.subset=null", "dataset.subset_test=10", "plan.extractor=null"]
-    if dataset in ("digits", "gaussians", "regions", "stripes", "glyphs", "noise", "bimodal"):
+    if dataset in ("digits", "gaussians", "regions", "stripes", "glyphs", "noise", "bimodal", "topics"):
         return CPU
     if dataset == "camvid":
         return [*CPU, f"dataset.path={folders[dataset]}", "dataset.subset=6"]
@@ -63,6 +65,10 @@ def stand_in(dataset: str, folders: dict[str, Path], plan: str = "single") -> li
         small = [f"{who}.{key}" for who in ("teacher", "student") for key in (f"name={TINY_MODEL}", "width=8", "pretrained_backbone=false")]
         shape = [f"dataset.path={folders[dataset]}", "dataset.input_shape=[3,32,64]", "dataset.workers=0", "source.batch_size=2"]
         return [*CPU, *small, *shape, "teacher.claim=null"]
+    if dataset == "coco":
+        small = [f"{who}.{key}" for who in ("teacher", "student") for key in ("name=plain", "width=8", "pretrained_backbone=false")]
+        shape = [f"dataset.path={folders[dataset]}", "dataset.input_shape=[3,64,96]", "dataset.workers=0", "source.batch_size=2"]
+        return [*CPU, *small, *shape]
     if dataset == "cifar100":
         return [*CPU, f"dataset.path={folders[dataset]}", "source.batch_size=8", "dataset.subset_test=10"]
     if dataset == "imagenet":

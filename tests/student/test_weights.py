@@ -303,7 +303,7 @@ def test_a_renaming_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 def test_every_network_of_the_package_is_recognised_by_its_shapes() -> None:
     known = networks()
-    assert len(known) == 30
+    assert len(known) == 32
     for name in ("resnet.resnet8x4", "shufflenetv2.shufflenetv2"):
         with torch.device("meta"):
             state: dict[str, Tensor] = known[f"kdrun.student.{name}"](num_classes=17, in_channels=1).state_dict()
