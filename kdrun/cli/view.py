@@ -85,7 +85,7 @@ class PlainReporter(Reporter):
             return
         self._last_line = time.monotonic()
         rate = record.get("images_per_s")
-        speed = f"  {rate:,.0f}/s  ETA {_clock((self._total - step) * self._batch / rate)}" if rate else ""
+        speed = f"  {rate_text(record)}  ETA {_clock((self._total - step) * self._batch / rate)}" if rate else ""
         self.console.print(
             f"{name} step {step}/{self._total}  loss {record['loss']:.4f}  {terms_text(record)}  lr {record['lr']:.3g}{speed}",
             soft_wrap=True,
@@ -128,7 +128,7 @@ class LiveReporter(PlainReporter):
     def logged(self, name: str, step: int, record: Mapping[str, Any]) -> None:
         if self._task is None:
             return
-        rate = f" {record['images_per_s']:,.0f}/s" if record.get("images_per_s") else ""
+        rate = f" {rate_text(record)}" if record.get("images_per_s") else ""
         memory = f" {record['memory_bytes'] / 2**30:.1f} GiB"
         detail = (
             f"epoch {step / self._per_epoch:.1f}  loss {record['loss']:.3f} ({terms_text(record)})  lr {record['lr']:.2g}{rate}{memory}"
@@ -147,3 +147,9 @@ class LiveReporter(PlainReporter):
 
 def _short(results: Mapping[str, Mapping[str, float]]) -> str:
     return " ".join(f"{split} {_metric(_main(v)[0], v[_main(v)[0]])}" for split, v in results.items() if _main(v))
+
+
+def rate_text(record: Mapping[str, Any]) -> str:
+    """Samples per second, of texts tokens."""
+    tokens = record.get("tokens_per_s")
+    return f"{tokens:,.0f} tokens/s" if tokens else f"{record['images_per_s']:,.0f}/s"

@@ -52,7 +52,12 @@ class Symbols:
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError for a word that is no symbol."""
-        return [self.names.index(word) for word in text.split()]
+        ids = {name: i for i, name in enumerate(self.names)}
+        words = text.split()
+        unknown = [word for word in words if word not in ids]
+        if unknown:
+            raise ValueError(f"no symbol of this vocabulary: {', '.join(unknown)}")
+        return [ids[word] for word in words]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.names[i] for i in ids)

@@ -86,6 +86,7 @@ class PhaseResult:
 
     loss: Tensor
     terms: dict[str, Tensor]  # unweighted, per item
+    counts: dict[str, Tensor]  # items of each unit in the step
     grad_norm: Tensor
     kept: dict[str, Tensor]
 
@@ -155,7 +156,7 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
         nn.utils.clip_grad_value_(parameters, stage.clip_value)
     optimizer.step()
     names = kept[0].keys() if kept else ()
-    return PhaseResult(loss, totals, grad_norm, {n: torch.cat([k[n] for k in kept]) for n in names})
+    return PhaseResult(loss, totals, counts, grad_norm, {n: torch.cat([k[n] for k in kept]) for n in names})
 
 
 def add_up(terms: Mapping[str, Term], weights: Mapping[str, float], counts: Mapping[str, Tensor]) -> Tensor:
@@ -247,6 +248,8 @@ def to_record(stage: Stage, phase: str, result: PhaseResult) -> dict[str, Any]:
     values = stage.ranks.sum(torch.stack([result.loss, *result.terms.values()]).double()).tolist()
     record: dict[str, Any] = {"loss": values[0], "grad_norm": float(result.grad_norm), "lr": stage.optimizers[phase].param_groups[0]["lr"]}
     record["terms"] = dict(zip(result.terms, values[1:], strict=True))
+    if "token" in result.counts:
+        record["tokens"] = int(result.counts["token"])
     if len(stage.objective.phases) > 1:
         record["phase"] = phase
     return record

@@ -151,7 +151,8 @@ class StageRun:
         self._last_saved = -1
         self._spent = (0.0, 0.0)
         self._began: tuple[float, float] | None = None
-        self.rate: float | None = None
+        self.rate: float | None = None  # samples per second
+        self.tokens: int | None = None  # scored ones of the last logged step
 
     # -- the loop's hooks -----------------------------------------------------------------------------------------
 
@@ -161,9 +162,8 @@ class StageRun:
             {"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record, **spent}
         )
         self._measure_rate(step)
-        self.reporter.logged(
-            self.stage.name, step, {**record, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)}
-        )
+        self.tokens = record.get("tokens")
+        self.reporter.logged(self.stage.name, step, {**record, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
 
     def step_done(self, step: int) -> None:
         self.reporter.step_done(self.stage.name, step)
@@ -265,7 +265,7 @@ class StageRun:
         if self.stage.ranks.first:
             state.save(self.checkpoints, step, content, self.tree["run"]["keep"])
             self._measure_rate(step)
-            self.metrics.write_timing({"step": step, "images_per_s": self.rate, "memory_bytes": peak_memory_bytes(self.stage.device)})
+            self.metrics.write_timing({"step": step, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
         self._last_saved = step
         self.stage.ranks.barrier()
 
@@ -319,6 +319,11 @@ class StageRun:
             return self._spent
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         return self._spent[0] + wall, self._spent[1] + cpu
+
+    def speed(self) -> dict[str, float | None]:
+        """Samples and, of texts, scored tokens per second (those of the last logged step)."""
+        tokens = {} if self.tokens is None else {"tokens_per_s": self.rate and self.rate / self.samples_per_step * self.tokens}
+        return {"images_per_s": self.rate, **tokens}
 
     def _measure_rate(self, step: int) -> None:
         """Samples per second over the steps of this process, the first ones left out."""

@@ -65,7 +65,7 @@ def summarise(
         "teacher": dict(teacher_facts),
         "steps": run.stage.step,
         "epochs": run.stage.step / run.built.steps_per_epoch,
-        "cost": {**cost_in_time(spent or run.spent(), device), "images_per_s": run.rate},
+        "cost": {**cost_in_time(spent or run.spent(), device), **run.speed()},
         "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
     }
 

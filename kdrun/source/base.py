@@ -41,7 +41,11 @@ class Place:
     def mine(self, step: Tensor) -> tuple[Tensor, ...]:
         """This rank's micro-batches of a step's samples [N]: `torch.tensor_split` over ranks, so shares differ by one at most."""
         own = step.tensor_split(self.world)[self.rank]
-        return own.split(_cut(len(own), _share(len(step), 0, self.world), self.micro_batch))
+        return own.split(self.cut(len(own), _share(len(step), 0, self.world)))
+
+    def cut(self, mine: int, largest: int) -> list[int]:
+        """Sizes of the micro-batches of this rank's `mine` rows, where the best-served rank has `largest`."""
+        return _cut(mine, largest, self.micro_batch)
 
 
 class Spec:

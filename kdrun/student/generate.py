@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdrun import rng
+from kdrun.student.taps import untouched
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [B, T], logits [B, V]) -> logits [B, V]: transformers' logits processors
 
@@ -88,15 +89,10 @@ def complete(
 
     `key` and the sample ids [B] decide every draw. The network is in evaluation mode meanwhile, and no gradient is kept.
     """
-    was = network.training
-    network.eval()
     draw = _Draw(sampling, key, ids)
-    try:
-        with torch.inference_mode():
-            write = _by_transformers if hasattr(network, "generate") else _by_asking
-            tokens = write(network, [p.to(device) for p in prompts], draw, pad)
-    finally:
-        network.train(was)
+    with untouched(network, device), torch.inference_mode():
+        write = _by_transformers if hasattr(network, "generate") else _by_asking
+        tokens = write(network, [p.to(device) for p in prompts], draw, pad)
     return _ended(tokens.clone(), torch.stack(draw.log_probs, 1).clone(), sampling.stop, pad)
 
 
@@ -144,14 +140,17 @@ def _by_transformers(network: Any, prompts: Sequence[Tensor], draw: _Draw, pad: 
         token = draw.choose(ids, scores[:, : network.vocabulary])
         return torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
 
-    written = network.generate(
-        input_ids=row,
-        attention_mask=seen,
-        logits_processor=[chosen],
+    own = network.generation_config
+    # Many published models bring settings of their own (penalties, suppressed tokens, further stops), which would change what is drawn.
+    network.generation_config = type(own)(
         do_sample=False,
         num_beams=1,
         max_new_tokens=draw.sampling.max_new_tokens,
         eos_token_id=list(draw.sampling.stop) or None,
         pad_token_id=pad,
+        use_cache=True,
     )
-    return written[:, widest:]
+    try:
+        return network.generate(input_ids=row, attention_mask=seen, logits_processor=[chosen])[:, widest:]
+    finally:
+        network.generation_config = own
