@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -180,14 +180,30 @@ class Data:
     whole: bool = False  # the rows of a split are one graph: they can only be asked for all together, in their order
     vocabulary: Vocabulary | None = None  # of text: its classes are tokens
     reward: Callable[[list[int], list[int]], float] | None = None  # how good a completion is: (reference tokens, written tokens)
-    fingerprint: str = field(init=False)  # of the ordered ids, targets, content and transforms
+    oracle: Callable[[list[int], list[int]], float] | None = None  # the same where no reference is needed: (prompt, written tokens)
+    fingerprint: str = field(init=False)  # of the ordered ids, targets, content, transforms and vocabulary
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fingerprint", fingerprint(self.splits))
+        found = fingerprint(self.splits)
+        if self.vocabulary is not None:
+            found = hashlib.sha256(f"{found} {self.vocabulary.digest}".encode()).hexdigest()
+        object.__setattr__(self, "fingerprint", found)
 
     @property
     def classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def judges(self) -> bool:
+        """Whether it says how good a completion is."""
+        return self.oracle is not None or self.reward is not None
+
+    def rewards(self, prompts: Sequence[Tensor], references: Sequence[list[int]], texts: Sequence[list[int]]) -> list[float]:
+        """How good completions `texts` are, by the oracle or else by their references; only where it `judges`."""
+        if self.oracle is not None:
+            return [self.oracle(prompt.tolist(), text) for prompt, text in zip(prompts, texts, strict=True)]
+        assert self.reward is not None
+        return [self.reward(reference, text) for reference, text in zip(references, texts, strict=True)]
 
     def split(self, name: str) -> Split:
         """Raises `Refused` for a split that this data set does not have."""
@@ -232,8 +248,10 @@ class Data:
 def taken(split: Split, positions: Tensor) -> Split:
     """The rows of a split at `positions` [M] int64, with their ids, as a split of the same kind."""
     extra = {name: rows[positions] for name, rows in split.extra.items()}
+    theirs = getattr(split, "privileged", None)  # of text: the same rows once more
+    more: dict[str, Any] = {} if theirs is None else {"privileged": Taken(theirs, positions)}
     storage = Taken(split.storage, positions)
-    return replace(split, storage=storage, targets=split.targets[positions], ids=split.ids[positions], extra=extra)
+    return replace(split, storage=storage, targets=split.targets[positions], ids=split.ids[positions], extra=extra, **more)
 
 
 def fingerprint(splits: Mapping[str, Split]) -> str:
@@ -248,4 +266,6 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
             total.update(f"{label} {rows.dtype}".encode())
             total.update(rows.contiguous().numpy().data)
         split.storage.digest(total)
+        if getattr(split, "privileged", None) is not None:
+            split.privileged.digest(total)  # type: ignore[attr-defined]
     return total.hexdigest()

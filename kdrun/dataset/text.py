@@ -6,17 +6,20 @@ conversation: what the assistant says), or everything where `score` says so. Who
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from kdrun.dataset.base import Data
+from kdrun.dataset.base import Data, Storage
 from kdrun.dataset.files import Files, Format, Table
+from kdrun.dataset.rewards import reward_named
 from kdrun.dataset.select import select
-from kdrun.dataset.tokens import Ragged, Sample, TokenSplit, packed
+from kdrun.dataset.tokens import Ragged, RandomTokens, Sample, TokenSplit, packed
 from kdrun.dataset.vocabulary import Tokenized
 from kdrun.errors import Problem, Refused
 
@@ -48,12 +51,19 @@ class TextData:
     max_length: int = 1024
     too_long: Long = "refuse"
     pack: bool = False
+    privileged: str | None = None
+    reward: str | None = None
     test_share: float = 0.1
     validation: float = 0.0
     subset: int | None = None
     subset_test: int | None = None
+    sizes: dict[str, int] | None = None
+    input_shape: list[int] | None = None
+    classes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.privileged is not None and (self.pack or "{completion}" not in self.privileged):
+            raise ValueError(f"privileged={self.privileged!r}: a text with {{prompt}} and {{completion}}, of rows that are not packed")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: legal range [2, inf)")
         for key in ("test_share", "validation"):
@@ -62,8 +72,14 @@ class TextData:
         if unknown := self.columns.keys() - USUAL.keys():
             raise ValueError(f"columns.{min(unknown)}: legal are {', '.join(USUAL)}")
 
+    @staticmethod
+    def stand_in(storage: Storage, ids: Tensor, input_shape: Sequence[int], classes: int) -> TokenSplit:
+        """A split for planning, from its stated size: random tokens, all of them scored."""
+        return TokenSplit.of(RandomTokens(len(ids), input_shape[0], classes), ids)
+
     def load(self) -> Data:
         """Read, tokenise, cut. Raises `Refused` for files, columns, a tokenizer or texts that cannot be used."""
+        judge = None if self.reward is None else reward_named(self.reward)
         vocabulary = Tokenized(self._tokenizer())
         tables = self._open()
         made = {name: self._rows(table, vocabulary, name) for name, table in tables.items()}
@@ -76,11 +92,13 @@ class TextData:
             rows = [made[part.table][i] for i in part.rows.tolist()]
             packs = list(packed(rows, self.max_length)) if self.pack and name == "train" else [[row] for row in rows]
             ids = part.ids[: len(packs)]  # a packed row has the id of the first of as many texts
-            splits[name] = TokenSplit.of(Ragged.of(packs, vocabulary.pad), ids)
+            aided = None if self.privileged is None else Ragged.of([[_aided(row)] for row in rows], vocabulary.pad)
+            splits[name] = TokenSplit.of(Ragged.of(packs, vocabulary.pad), ids, aided)
         # Padded rows of a matrix are no tokens, so the classes are the tokenizer's own.
         names = tuple(vocabulary.tokenizer.convert_ids_to_tokens(list(range(vocabulary.size))))
         total = sum(map(len, made.values()))
-        return Data(self.name, names, (self.max_length - 1,), (), (), splits, total, vocabulary=vocabulary)
+        reward = None if judge is None else lambda right, written: judge(vocabulary.text(right), vocabulary.text(written))
+        return Data(self.name, names, (self.max_length - 1,), (), (), splits, total, vocabulary=vocabulary, reward=reward)
 
     # -- files and tokenizer ------------------------------------------------------------------------------------------
 
@@ -130,12 +148,12 @@ class TextData:
             remedy = "dataset.columns.prompt=COLUMN dataset.columns.completion=COLUMN, or dataset.columns.text=COLUMN"
             raise Refused(Problem(f"no text among the columns {', '.join(table.columns)}", "dataset.columns", table.where, remedy))
         if self.score == "all":
-            made = [Sample(row.tokens, [True] * len(row.tokens)) for row in made]
+            made = [row._replace(scored=[True] * len(row.tokens)) for row in made]
         return self._fitting(made, table.where, split)
 
     def _pairs(self, table: Table, prompt: str, completion: str, vocabulary: Tokenized) -> list[Sample]:
         tokenizer, pairs = vocabulary.tokenizer, list(zip(table.rows[prompt], table.rows[completion], strict=True))
-        empty = [i for i, (_, after) in enumerate(pairs) if not str(after).strip()]
+        empty = [i for i, (_, after) in enumerate(pairs) if after is None or not str(after).strip()]
         if empty:
             what = f"{len(empty)} empty completions, the first in row {empty[0]}"
             raise Refused(Problem(what, f"dataset.columns.{completion}", table.where, "leave these rows out, or name another column"))
@@ -143,23 +161,20 @@ class TextData:
         if self.template is True and not has:
             what = f"the tokenizer {self.tokenizer} has no chat template"
             raise Refused(Problem(what, "dataset.template", "", "dataset.template=false, or the tokenizer of the chat model"))
-        if has and self.template is not False:
-            turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in pairs]
-            return [_conversation(turn, tokenizer, table.where) for turn in turns]
-        end = [] if vocabulary.eos is None else [vocabulary.eos]
-        rows = []
-        for before, after in pairs:
-            # Apart, so that where the prompt ends is where its ids end.
-            first, then = _begun(tokenizer) + vocabulary.encode(f"{before}{self.separator}"), vocabulary.encode(str(after)) + end
-            rows.append(Sample(first + then, [False] * len(first) + [True] * len(then)))
-        return rows
+        chats = has and self.template is not False
+        pair = partial(_turn, tokenizer, table.where) if chats else partial(_continued, vocabulary, self.separator)
+        rows = [pair(str(before), str(after)) for before, after in pairs]
+        if self.privileged is None:
+            return rows
+        told = [self.privileged.replace("{prompt}", str(before)).replace("{completion}", str(after)) for before, after in pairs]
+        return [row._replace(aided=pair(text, str(after))) for row, text, (_, after) in zip(rows, told, pairs, strict=True)]
 
     def _pieces(self, texts: Any, vocabulary: Tokenized) -> list[Sample]:
         """Whole texts, an end of text after each, in pieces of at most `max_length` tokens, all of them scored."""
         begin, end = _begun(vocabulary.tokenizer), [] if vocabulary.eos is None else [vocabulary.eos]
         rows = []
         for text in texts:
-            if not str(text).strip():
+            if text is None or not str(text).strip():
                 continue  # blank lines of files with one paragraph a line
             ids = vocabulary.encode(str(text)) + end
             room = self.max_length - len(begin)
@@ -175,7 +190,7 @@ class TextData:
             raise Refused(Problem(what, "dataset.max_length", where, remedy))
         if self.too_long == "drop":
             rows = [row for row in rows if len(row.tokens) <= self.max_length]
-        rows = [Sample(row.tokens[: self.max_length], row.scored[: self.max_length]) for row in rows]
+        rows = [row._replace(tokens=row.tokens[: self.max_length], scored=row.scored[: self.max_length]) for row in rows]
         kept = [row for row in rows if any(row.scored[1:])]
         if not kept:
             what = f"no {split} row has a token to learn within {self.max_length} tokens"
@@ -195,6 +210,22 @@ class TextData:
 def _begun(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before every text."""
     return [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
+
+
+def _turn(tokenizer: Any, where: str, prompt: str, completion: str) -> Sample:
+    return _conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], tokenizer, where)
+
+
+def _continued(vocabulary: Tokenized, separator: str, prompt: str, completion: str) -> Sample:
+    """Tokenised apart, so that where the prompt ends is where its ids end."""
+    end = [] if vocabulary.eos is None else [vocabulary.eos]
+    first, then = _begun(vocabulary.tokenizer) + vocabulary.encode(f"{prompt}{separator}"), vocabulary.encode(completion) + end
+    return Sample(first + then, [False] * len(first) + [True] * len(then))
+
+
+def _aided(row: Sample) -> Sample:
+    assert row.aided is not None  # made beside every pair
+    return row.aided
 
 
 def _conversation(turns: Any, tokenizer: Any, where: str) -> Sample:

@@ -28,6 +28,7 @@ class Sample(NamedTuple):
 
     tokens: list[int]
     scored: list[bool]  # which of them are to be learned
+    aided: Sample | None = None  # the same after the prompt that a privileged teacher reads
 
 
 @dataclass(eq=False)
@@ -89,6 +90,31 @@ class Ragged:
         for part in (self.tokens, self.scored, self.positions, self.offsets):
             into.update(part.contiguous().numpy().data)
         into.update(f"padded with {self.pad}".encode())
+
+
+@dataclass(eq=False)
+class RandomTokens:
+    """Storage of rows [3, T] without content, for planning without data."""
+
+    rows: int
+    length: int
+    tokens: int
+    prefetches: bool = False
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def fetch(self, request: Request, device: torch.device) -> Tensor:
+        drawn = torch.randint(self.tokens, (len(request.positions), 2, self.length), device=device)
+        place = torch.arange(self.length, device=device).expand(len(drawn), 1, -1)
+        return torch.cat([drawn, place], 1)
+
+    def stream(self, requests: Iterator[Request], device: torch.device) -> Iterator[tuple[Request, Tensor]]:
+        for request in requests:
+            yield request, self.fetch(request, device)
+
+    def digest(self, into: Any) -> None:
+        into.update(f"{self.rows} rows of {self.length} of {self.tokens} tokens".encode())
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,3 +94,7 @@ class Tokenized:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids)))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What people read: without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kdrun.engine.device import channels_last
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
 from kdrun.engine.records import STUDENT_FILE
-from kdrun.engine.texts import text_problems
+from kdrun.engine.texts import text_problems, writing_problems
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
@@ -72,22 +73,32 @@ def open_source(tree: Mapping[str, Any], data: Data, device: torch.device, ranks
     )
 
 
-def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Built:
-    """Build and check everything that one stage trains with. Raises `Refused`; spends nothing but memory."""
+def build(
+    tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks, within: AbstractContextManager[Any] | None = None
+) -> Built:
+    """Build and check everything that one stage trains with. Raises `Refused`; spends nothing but memory.
+
+    `within`: a context in which the networks are made, such as one whose tensors have a shape and no content; they stay where they are.
+    """
     objective = instantiate(tree["objective"], "objective", allowed(tree))
     needs = objective.needs()
     memory_format = torch.channels_last if channels_last(tree["hardware"], data.input_shape) else torch.contiguous_format
     problems: list[Problem] = []
     # On its device first: a teacher that follows the student copies it there.
-    network = synchronised(build_student_network(tree, data), device, ranks).to(device)
+    with within or nullcontext():
+        network = synchronised(build_student_network(tree, data), device, ranks)
+    network = network if within else network.to(device)
     student_spec = _spec(tree, network, "student", data, _asked(tree, "student", needs.student_taps), problems)
-    teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
+    with within or nullcontext():
+        teacher = build_teacher(tree, data, needs.teacher_taps, problems, network)
     _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
     live = {"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {}
     problems += text_problems(data, {"student": network, **live}, objective)
+    problems += writing_problems(tree, data, objective)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     problems += evaluation.problems(data)
     if not problems:
+        problems += _start_problems(tree, network, teacher)
         problems += objective.problems(tree, network, teacher.network if isinstance(teacher, LiveTeacher) else None)
     if problems or student_spec is None:
         raise Refused(problems)
@@ -97,9 +108,11 @@ def build(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Rank
     torch.manual_seed(rng.key(tree["seed"], "connectors"))
     context = Context(student_spec, teacher.spec, data.classes, data.labels_by_id("train"), tree["seed"], per_epoch, total_steps)
     connectors = synchronised(objective.setup(context), device, ranks)
-    learner = Learner(student, connectors, objective, ranks).to(device).to(memory_format=memory_format)
+    learner = Learner(student, connectors, objective, ranks)
     objective.to(device)
-    if isinstance(teacher, LiveTeacher):
+    if within is None:
+        learner = learner.to(device).to(memory_format=memory_format)
+    if isinstance(teacher, LiveTeacher) and within is None:
         teacher.module.to(device).to(memory_format=memory_format)
     return Built(data, network, learner, teacher, objective, evaluation, memory_format, tree, per_epoch, total_steps)
 
@@ -120,13 +133,15 @@ def steps_in_epoch(tree: Mapping[str, Any], data: Data) -> int:
     return per_epoch
 
 
-def build_first(tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks) -> Built:
+def build_first(
+    tree: Mapping[str, Any], data: Data, device: torch.device, ranks: Ranks, within: AbstractContextManager[Any] | None = None
+) -> Built:
     """`build` for the first training stage of the tree's plan."""
     plan = instantiate(tree["plan"], "plan", allowed(tree))
     problems = plan.problems(tree, data)
     if problems:
         raise Refused(problems)
-    return build(tree, plan.view(tree, data), device, ranks)
+    return build(tree, plan.view(tree, data), device, ranks, within)
 
 
 def given_weights(tree: Mapping[str, Any]) -> dict[str, Path]:
@@ -156,13 +171,23 @@ def follow_anew(built: Built) -> None:
 
 
 def start_from_teacher(built: Built) -> None:
-    """The student begins as its teacher, whose weights are there (plan.start_from=teacher). Raises `Refused` where their shapes differ."""
+    """The student begins as its teacher, whose weights are there (plan.start_from=teacher)."""
     assert isinstance(built.teacher, LiveTeacher)
-    own, theirs = built.network.state_dict(), built.teacher.network.state_dict()
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in theirs.items()}:
-        what = "the student is another network than the teacher"
-        raise Refused(Problem(what, "plan.start_from", "", "the same student as teacher, or plan.start_from=null"))
-    built.network.load_state_dict(theirs)
+    built.network.load_state_dict(built.teacher.network.state_dict())
+
+
+def _start_problems(tree: Mapping[str, Any], network: nn.Module, teacher: Teacher) -> list[Problem]:
+    """Why the student cannot begin as its teacher, where it is to."""
+    if tree["plan"].get("start_from") != TEACHER:
+        return []
+    if not isinstance(teacher, LiveTeacher):
+        what, remedy = "there is no teacher with weights of its own to begin as", "a live teacher, or plan.start_from=null"
+        return [Problem(what, "plan.start_from", "", remedy)]
+    own, theirs = network.state_dict(), teacher.network.state_dict()
+    if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}:
+        return []
+    what = "the student is another network than the teacher"
+    return [Problem(what, "plan.start_from", "", "the same student as teacher, or plan.start_from=null")]
 
 
 def build_student_network(tree: Mapping[str, Any], data: Data) -> nn.Module:

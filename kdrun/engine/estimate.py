@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed
 from kdrun.config.targets import ALLOWED, allowed, component
 from kdrun.dataset.base import Data, Request, Split, Storage, taken
+from kdrun.dataset.tokens import TokenSplit
+from kdrun.dataset.vocabulary import Symbols
 from kdrun.engine import loop, provenance
 from kdrun.engine.build import Built, build_first, load_data
 from kdrun.engine.device import pick_device, set_up
@@ -30,6 +33,7 @@ from kdrun.types import ModelSpec
 
 PROBE_STEPS = 3
 PROBE_ROWS = 500  # of the training split, at most
+PROBE_WEIGHTS = 2**27  # of language models that are made in earnest
 PROBE_FLOPS = 3e10  # of one probed step: seconds on a CPU core, nothing on a GPU
 
 
@@ -70,7 +74,17 @@ def stand_in(node: Mapping[str, Any], packages: Collection[str] = ALLOWED) -> Da
             continue
         splits[name] = make(_StandIn(rows, tuple(shape)), torch.arange(first, first + rows), tuple(shape), classes)
         first += rows
-    return Data(str(node["name"]), tuple(map(str, range(classes))), tuple(shape), tuple(node["mean"]), tuple(node["std"]), splits, first)
+    names = tuple(map(str, range(classes)))
+    mean, std = (tuple(node.get(key) or ()) for key in ("mean", "std"))
+    data = Data(str(node["name"]), names, tuple(shape), mean, std, splits, first)
+    return _as_text(data, node) if isinstance(data.split("train"), TokenSplit) else data
+
+
+def _as_text(data: Data, node: Mapping[str, Any]) -> Data:
+    """With what a text brings beside its rows."""
+    splits = {name: replace(s, privileged=s.storage) if node.get("privileged") and isinstance(s, TokenSplit) else s for name, s in data.splits.items()}
+    reward = (lambda right, written: 0.0) if node.get("reward") else None
+    return replace(data, splits=splits, vocabulary=Symbols(data.class_names), reward=reward)
 
 
 def _classes_in_turn(storage: Storage, ids: Tensor, shape: Sequence[int], classes: int) -> Split:
@@ -86,7 +100,11 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     device = pick_device(tree["hardware"])
     set_up(tree["hardware"], device)
     data = stand_in(tree["dataset"], allowed(tree)) or load_data(tree)
-    built = build_first(tree, data, device, Ranks())
+    # Language models may not fit into this machine's memory: their shapes do. Small ones are then made in earnest, for the probe.
+    shapes = FakeTensorMode(allow_non_fake_inputs=True) if data.vocabulary is not None else None
+    whole = tree if shapes is None else {**tree, "student": {**tree["student"], **({"lora": None} if "lora" in tree["student"] else {})}}
+    built = build_first(whole, data, device, Ranks(), shapes)
+    small = shapes is None or _weights(built) <= PROBE_WEIGHTS
     data = built.data
     needs = built.objective.needs()
     spec = model_spec(built.network, data.input_shape, tree["student"].get("taps") or {}, needs.student_taps)
@@ -108,10 +126,28 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
         "micro_batch": micro,
         "teacher_is_trained_first": teacher_stage(composed.tree, data.fingerprint) is not None,
     }
-    if probe:
-        document |= _probe(tree, built, models, micro, device)
+    if probe and small:
+        real = built if shapes is None else build_first(tree, data, device, Ranks())
+        document |= _probe(tree, real, models, micro, device)
+    elif not small:
+        document["memory_bytes"] = _least_memory(built, bool(tree["student"].get("lora")))
+    document["flops"] = (3 * models["student"]["flops"] + models.get("teacher", {"flops": 0})["flops"]) * batch * built.total_steps
     document["facts"] = _facts(document, composed, len(data.splits["train"]))
     return document
+
+
+def _least_memory(built: Built, adapters: bool) -> dict[str, int]:
+    """What a model that is too large to try here takes at least: float32 gradients and Adam's two moments beside its weights."""
+    own = list(built.network.parameters())
+    found = {"weights": _bytes(own)} | (
+        {} if adapters else {"gradients": _bytes(own), "optimiser state": 8 * cost.parameters(built.network)}
+    )
+    return found | ({"teacher": _bytes(list(built.teacher.network.parameters()))} if isinstance(built.teacher, LiveTeacher) else {})
+
+
+def _weights(built: Built) -> int:
+    """Of student and teacher."""
+    return cost.parameters(built.network) + (cost.parameters(built.teacher.network) if isinstance(built.teacher, LiveTeacher) else 0)
 
 
 def _model(network: torch.nn.Module, spec: ModelSpec) -> dict[str, Any]:
@@ -192,9 +228,13 @@ def _facts(document: Mapping[str, Any], composed: Composed, samples: int) -> dic
     if "memory_bytes" in document:
         parts = document["memory_bytes"]
         shown = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items() if size)
-        found["memory"] = (
-            f"{sum(parts.values()) / 2**20:,.0f} MiB ({shown}; micro-batch of {document['micro_batch']}), beside torch itself and the data"
-        )
+        tried = f"; micro-batch of {document['micro_batch']}), beside torch itself and the data"
+        tried = tried if "activations" in parts else "), beside activations, which are not tried at this size"
+        found["memory"] = f"{sum(parts.values()) / 2**20:,.0f} MiB ({shown}{tried}"
+    found["compute"] = (
+        f"{document['flops']:.2g} FLOPs in all: three forward passes' worth of the student, one of the teacher; evaluation not counted"
+    )
+    if "seconds_per_sample" in document:
         seconds = document["seconds_per_sample"] * samples * epochs
         found["time"] = (
             f"{_duration(seconds)} for the student on {document['machine']} "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdrun.dataset.base import Data
 from kdrun.engine.distributed import Ranks
+from kdrun.student.taps import reads_tokens
 from kdrun.teacher.live import LiveTeacher
 from kdrun.teacher.silent import NoTeacher
 from kdrun.types import Batch, Needs, Teacher
@@ -84,7 +85,8 @@ def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.d
     """The teacher's own metrics on the test split, measured here."""
     bare = Evaluator(data, evaluation, NoTeacher(), device, ranks)
     if isinstance(teacher, LiveTeacher):
-        return bare.measure(_OwnInput(teacher), "test")
+        # A language model is asked in more ways than one, and its ids are not normalised.
+        return bare.measure(teacher.network if reads_tokens(teacher.network) else _OwnInput(teacher), "test")
     meter = evaluation.meter(data.classes, device)
     for batch in bare.batches("test"):
         meter.update(teacher.signal(batch, LOGITS).logits.float(), batch.targets, None)  # type: ignore[union-attr]

@@ -80,9 +80,9 @@ def load_student(network: nn.Module, learner: nn.Module, path: Path) -> Path:
 
 
 def load_known_teacher(composed: Composed, built: Any, home: Path | None) -> dict[str, Any] | None:
-    """Load the run's teacher if its weights are at hand; None if there is none to compare with."""
+    """Load the run's teacher if its weights are at hand; None if there is none to compare with, as of one that was the student itself."""
     tree = composed.tree
-    if built.teacher.spec is None:
+    if built.teacher.spec is None or built.teacher.follows:
         return None
     if isinstance(built.teacher, LiveTeacher):
         spec = teacher_stage(tree, built.data.fingerprint)

@@ -74,8 +74,8 @@ class Session:
                 if spec is None
                 else train_teacher(self.composed, spec, built, self.folder, self.device, self.ranks, self.reporter)
             )
-            if built.tree["plan"].get("start_from") == TEACHER:
-                start_from_teacher(built)
+        if built.tree["plan"].get("start_from") == TEACHER:
+            start_from_teacher(built)
         facts = self._teachers[id(built)]
         if facts:
             self.reporter.note(teacher_line(facts, built.evaluation.primary))

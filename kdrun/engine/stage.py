@@ -153,14 +153,13 @@ class StageRun:
         self._began: tuple[float, float] | None = None
         self.rate: float | None = None  # samples per second
         self.tokens: int | None = None  # scored ones of the last logged step
+        self._written: dict[str, float] = {}  # what the source's writing had cost before a resume
 
     # -- the loop's hooks -----------------------------------------------------------------------------------------
 
     def logged(self, step: int, record: dict[str, Any]) -> None:
-        spent = self.stage.source.report() if isinstance(self.stage.source, Writes) else {}
-        self.metrics.write(
-            {"stage": self.stage.name, "step": step, "epoch": round(step / self.built.steps_per_epoch, 4), **record, **spent}
-        )
+        epoch = round(step / self.built.steps_per_epoch, 4)
+        self.metrics.write({"stage": self.stage.name, "step": step, "epoch": epoch, **record, **self.written()})
         self._measure_rate(step)
         self.tokens = record.get("tokens")
         self.reporter.logged(self.stage.name, step, {**record, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
@@ -265,7 +264,8 @@ class StageRun:
         if self.stage.ranks.first:
             state.save(self.checkpoints, step, content, self.tree["run"]["keep"])
             self._measure_rate(step)
-            self.metrics.write_timing({"step": step, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
+            writing = {"writing_seconds": self.stage.source.seconds()} if isinstance(self.stage.source, Writes) else {}
+            self.metrics.write_timing({"step": step, **self.speed(), **writing, "memory_bytes": peak_memory_bytes(self.stage.device)})
         self._last_saved = step
         self.stage.ranks.barrier()
 
@@ -278,6 +278,7 @@ class StageRun:
             "ema": s.ema.state_dict() if s.ema is not None else None,
             "objective": s.objective.state_dict(),
             "source": s.source.state_dict(),
+            "written": self.written(),
             "teacher": s.teacher.state_dict(),
             "history": self.history,
             "best": self.best,
@@ -308,7 +309,7 @@ class StageRun:
         s.teacher.load_state_dict(saved["teacher"])
         s.step = self._last_saved = step
         self.history, self.evaluator.reads, self._spent = saved["history"], saved["reads"], saved["seconds"]
-        self.best = saved["best"]
+        self.best, self._written = saved["best"], saved["written"]
         if saved["end"] < self.end:  # its patience was at an end
             self.end = s.last_step = saved["end"]
         self.metrics.cut(saved["metrics_offset"])
@@ -319,6 +320,14 @@ class StageRun:
             return self._spent
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         return self._spent[0] + wall, self._spent[1] + cpu
+
+    def written(self) -> dict[str, float]:
+        """What a source that writes has written since step 0, over all ranks; a collective."""
+        if not isinstance(self.stage.source, Writes):
+            return {}
+        own = self.stage.source.report()
+        total = self.stage.ranks.sum(torch.tensor(list(own.values()), dtype=torch.float64, device=self.stage.device)).tolist()
+        return {name: self._written.get(name, 0.0) + value for name, value in zip(own, total, strict=True)}
 
     def speed(self) -> dict[str, float | None]:
         """Samples and, of texts, scored tokens per second (those of the last logged step)."""

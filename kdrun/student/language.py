@@ -52,7 +52,7 @@ def causal_lm(
         ) from error
     if dtype not in DTYPES:
         raise Refused(Problem(f"there is no dtype '{dtype}'", "dtype", "", did_you_mean(dtype, DTYPES)))
-    described = _config(transformers, name, dict(config or {}), num_classes, trust_remote_code)
+    described = _config(transformers, name, dict(config or {}), num_classes, trust_remote_code, pretrained)
     options = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]} | ({"attn_implementation": attention} if attention else {})
     try:
         if name is not None and pretrained:
@@ -83,13 +83,14 @@ def causal_lm(
     return model  # type: ignore[no-any-return]
 
 
-def _config(transformers: Any, name: str | None, changes: dict[str, Any], vocabulary: int, trusted: bool) -> Any:
+def _config(transformers: Any, name: str | None, changes: dict[str, Any], vocabulary: int, trusted: bool, pretrained: bool) -> Any:
     if name is None and "model_type" not in changes:
         remedy = "name=<hub name or folder>, or config.model_type=llama with its sizes"
         raise Refused(Problem("no language model is named", "name", "", remedy))
     try:
-        if name is not None:
+        if name is not None and (pretrained or "model_type" not in changes):
             described = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted)
+            changes.pop("model_type", None)  # said for those who plan without the files
             _check_keys(described, changes)
             return transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **changes)
         kind, known = changes.pop("model_type"), transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
