@@ -57,10 +57,11 @@ class SFD(Objective):
     fake_kept_weight: float = 1.0
     fake_forget_weight: float = 0.01
     variant: Variant = "sid"
+    guidance: float = 1.0
     forget_from_step: int = 0
 
     def __post_init__(self) -> None:
-        require_nonnegative(self, "alpha", "t_min", "t_max", "forget", "forget_from_step")
+        require_nonnegative(self, "guidance", "alpha", "t_min", "t_max", "forget", "forget_from_step")
         require_nonnegative(self, *(f"{name}_weight" for names in TERMS.values() for name in names))
         if self.override is not None:
             require_nonnegative(self, "override")
@@ -82,6 +83,11 @@ class SFD(Objective):
         if shapes[0] is None or shapes[0] != shapes[1]:
             remedy = "a pair such as teacher=denoiser_mlp student=generator_mlp, with the same sizes"
             found.append(Problem("the student is no generator around a network like the teacher", "student", "", remedy))
+        if self.guidance != 1 and getattr(teacher, "null_label", None) is None:
+            remedy = "teacher.null_label=true student.null_label=true, or objective.guidance=1"
+            found.append(
+                Problem("guidance needs a label that stands for none, and the networks have none", "objective.guidance", "", remedy)
+            )
         forgets = self.forget_weight or self.fake_forget_weight
         if forgets and self.forget not in (tree["source"].get("exclude") or ()):
             what = f"label {self.forget} is to be forgotten, and the batches draw it among those to keep"
@@ -162,11 +168,19 @@ class SFD(Objective):
             x = student(given["z"], {"labels": labels})[0]
         x_t = self._schedule.diffuse(x, t, noise)
         if trains_fake:
-            loss = noise_error(fake(x_t, labels=labels, t=t), noise)
+            loss = noise_error(self._guided(fake, x_t, labels, t), noise)
         else:
-            teacher_x0 = self._schedule.to_x0(x_t, t, self._teacher(x_t, labels=given["teacher_labels"], t=t))
-            fake_x0 = self._schedule.to_x0(x_t, t, fake(x_t, labels=labels, t=t))
+            teacher_x0 = self._schedule.to_x0(x_t, t, self._guided(self._teacher, x_t, given["teacher_labels"], t))
+            fake_x0 = self._schedule.to_x0(x_t, t, self._guided(fake, x_t, labels, t))
             sid = self.variant == "sid"
             loss = generator_loss(teacher_x0, fake_x0, x, self.alpha) if sid else diff_instruct_loss(teacher_x0, fake_x0, x)
         sums = loss.view(len(batch.ids), -1).sum(0)
         return {name: Term(value, "sample") for name, value in zip(TERMS[phase], sums, strict=False)}, {}
+
+    def _guided(self, network: Any, x_t: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        """eps_u + kappa (eps_c - eps_u) of a noise predictor, eps_u under the label that stands for none; with kappa 1 eps_c itself."""
+        said: Tensor = network(x_t, labels=labels, t=t)
+        if self.guidance == 1:
+            return said
+        free = network(x_t, labels=torch.full_like(labels, network.null_label), t=t)
+        return free + self.guidance * (said - free)

@@ -137,6 +137,43 @@ def test_terms_are_the_losses_written_out() -> None:
     assert {t.unit for t in (*terms.values(), *fake.values())} == {"sample"}
 
 
+@pytest.mark.parametrize("kappa", [0.0, 1.0, 4.5])
+def test_guidance_mixes_in_what_is_said_without_a_label(kappa: float) -> None:
+    """Of teacher and fake score alike, in both phases; kappa 1 is the label alone, kappa 0 none at all."""
+    torch.manual_seed(3)
+    teacher, student = (
+        MLPDenoiser(CLASSES, 2, null_label=True).double(),
+        OneStepGenerator(MLPDenoiser(CLASSES, 2, null_label=True)).double(),
+    )
+    made = moved(Made(student, teacher, (2,), guidance=kappa))
+    batch = made.batch(7)
+
+    class Guided:
+        def __init__(self, network: nn.Module) -> None:
+            self.network = network
+
+        def __call__(self, x: torch.Tensor, labels: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            none = self.network(x, labels=torch.full_like(labels, CLASSES), t=t)
+            return none + kappa * (self.network(x, labels=labels, t=t) - none)
+
+    z, noise, t, own, taught = (batch.extra[f"student_{k}"][:, 1] for k in ("z", "noise", "t", "labels", "teacher_labels"))
+    x = student(z, labels=own)
+    x_t = SCHEDULE.diffuse(x, t, noise)
+    phi, psi = (SCHEDULE.to_x0(x_t, t, Guided(n)(x_t, c, t)) for n, c in ((made.teacher, taught), (made.fake, own)))
+    gap = phi - psi
+    loss = (gap * ((phi - x) - made.objective.alpha * gap)).sum(1) / (phi - x).detach().abs().mean(1)
+    torch.testing.assert_close(made.terms(STUDENT, batch)["forget"].sum, loss.sum(), rtol=1e-9, atol=0)
+    z, noise, t, own = (batch.extra[f"fake_score_{k}"][:, 0] for k in ("z", "noise", "t", "labels"))
+    x_t = SCHEDULE.diffuse(student(z, labels=own), t, noise)
+    wanted = (Guided(made.fake)(x_t, own, t) - noise).square().sum()
+    torch.testing.assert_close(made.terms(FAKE, batch)["fake_kept"].sum, wanted, rtol=1e-9, atol=0)
+
+
+def test_guidance_without_a_label_for_none_is_refused() -> None:
+    found = SFD(guidance=4.5).problems({"source": {"exclude": [0]}}, OneStepGenerator(MLPDenoiser(CLASSES, 2)), MLPDenoiser(CLASSES, 2))
+    assert [p.key for p in found] == ["objective.guidance"]
+
+
 def test_without_forgetting_it_is_sid_on_the_kept_labels() -> None:
     sfd, sid = moved(networks()), moved(networks(forget_weight=0.0, fake_forget_weight=0.0))
     batch = sfd.batch(7)
