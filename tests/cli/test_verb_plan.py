@@ -81,3 +81,20 @@ def test_a_search_that_trains_nothing_plans_no_schedule(kdrun: Callable[..., Out
     facts = kdrun("plan", "recipe=diswot_s1_bench", "--no-probe", "--json").json["facts"]
     assert "nothing is trained" in facts["plan"]
     assert "schedule" not in facts
+
+
+def test_large_language_models_are_planned_by_their_shapes_alone(kdrun: Callable[..., Outcome], here: Path) -> None:
+    """4.9 billion weights, of which none is made, no network and no text; the steps are the paper's 16,000 or so."""
+    pytest.importorskip("transformers")
+    plan = kdrun("plan", "recipe=taid_ultrachat", "hardware=cpu", "--json").json
+    assert {who: row["parameters"] for who, row in plan["models"].items()} == {"student": 1_100_048_384, "teacher": 3_821_079_552}
+    assert plan["models"]["teacher"]["output"] == "[B, 2047, 32000]"  # cut to the tokenizer's own
+    assert plan["total_steps"] == 16_240
+    assert plan["memory_bytes"] == {
+        "weights": 4 * 1_100_048_384,
+        "gradients": 4 * 1_100_048_384,
+        "optimiser state": 8 * 1_100_048_384,
+        "teacher": 2 * 3_821_079_552,
+    }
+    assert "seconds_per_sample" not in plan
+    assert not list(here.iterdir())
