@@ -103,7 +103,7 @@ class TokenMeter:
         self._sums = _Sums().to(device)
 
     def update(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None, truth: Tensor | None = None) -> None:
-        """Add a batch: logits [B, T, V], targets [B, T] (-1: not scored), the teacher's and the true logits [B, T, V] where there are any."""
+        """Add a batch: logits [B, T, V], targets [B, T] (-1: not scored), the teacher's and true logits [B, T, V] if there are any."""
         scored = targets >= 0
         for part in _parts(scored, logits.shape[-1]):
             take = lambda values: None if values is None else values[part].float()  # noqa: B023, E731
@@ -171,7 +171,7 @@ class _Sums(Metric):
                 "kl_truth": kl_between(log_o, log_q),
                 "rkl_truth": kl_between(log_q, log_o),
             }
-            rows |= {"truth_entropy": -(log_o.exp() * log_o).sum(-1), "with_truth": rows["tokens"]}
+            rows |= {"truth_entropy": torch.special.entr(log_o.exp()).sum(-1), "with_truth": rows["tokens"]}
         nothing = torch.zeros((), dtype=torch.float64, device=logits.device)
         added = [rows[n].sum(dtype=torch.float64) if n in rows else nothing for n in (*self.NAMES, *self.COUNTS)]
         self.total = self.total + torch.stack(added)

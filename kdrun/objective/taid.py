@@ -74,11 +74,13 @@ class TAID(LanguageObjective):
 
     def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
         losses: dict[str, tuple[RowLoss, tuple[str, ...]]] = {"ce": (cross_entropy, (TOKENS,))} if self.ce_weight else {}
-        return losses | {"kd": (partial(token.taid, t=self.state["t"], value=self.value), (TEACHER,))}
+        return losses | ({"kd": (partial(token.taid, t=self.state["t"], value=self.value), (TEACHER,))} if self.kd_weight else {})
 
     def after_step(self, ids: Tensor, kept: Mapping[str, Tensor], progress: Progress) -> None:
-        loss = kept[SUM].double().sum() / kept[COUNT].sum().clamp(min=1)
-        self.move(loss, progress.step)
+        scored = kept[COUNT].sum()
+        loss = kept[SUM].double().sum() / scored.clamp(min=1)
+        # A step in which nothing was scored has no loss; as a loss of 0 it would stop the controller for thousands of steps.
+        self.move(torch.where(scored > 0, loss, self.state["previous"]), progress.step)
 
     def move(self, loss: Tensor, done: int) -> None:
         """One call of the controller: the loss J of the batch before which `done` steps were finished."""

@@ -54,19 +54,7 @@ def causal_lm(
         raise Refused(Problem(f"there is no dtype '{dtype}'", "dtype", "", did_you_mean(dtype, DTYPES)))
     described = _config(transformers, name, dict(config or {}), num_classes, trust_remote_code, pretrained)
     options = {"trust_remote_code": trust_remote_code, "dtype": DTYPES[dtype]} | ({"attn_implementation": attention} if attention else {})
-    try:
-        if name is not None and pretrained:
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(name, config=described, output_loading_info=True, **options)
-        else:
-            model, told = transformers.AutoModelForCausalLM.from_config(described, **options), {}
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise Refused(Problem(f"transformers cannot make it: {_first_line(error)}", *_place(error))) from error
-    if told.get("missing_keys"):
-        # transformers would go on with fresh weights and a warning.
-        what = f"its files lack {len(told['missing_keys'])} of this model's tensors: {', '.join(sorted(told['missing_keys'])[:3])}, ..."
-        raise Refused(
-            Problem(what, "name", "", "the name of a causal language model, without a config that makes another of it; or pretrained=false")
-        )
+    model = _made(transformers, name if pretrained else None, described, options)
     rows = model.get_input_embeddings().num_embeddings
     if rows < num_classes:
         what = f"its matrix has {rows} rows, the data's tokenizer has {num_classes} tokens"
@@ -80,7 +68,26 @@ def causal_lm(
     model.vocabulary, model.ids = num_classes, rows
     model.takes = (POSITIONS,)
     model.example = lambda rows: {}  # they count for themselves
-    return model  # type: ignore[no-any-return]
+    return model
+
+
+def _made(transformers: Any, weights: str | None, described: Any, options: Mapping[str, Any]) -> Any:
+    """The model of a configuration, with the weights of that name or folder or, without one, fresh ones."""
+    told: dict[str, Any] = {}
+    try:
+        if weights is None:
+            model = transformers.AutoModelForCausalLM.from_config(described, **options)
+        else:
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(weights, config=described, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise Refused(Problem(f"transformers cannot make it: {_first_line(error)}", *_place(error))) from error
+    missing = sorted(told.get("missing_keys", ()))
+    if missing:
+        # transformers would go on with fresh weights and a warning.
+        what = f"its files lack {len(missing)} of this model's tensors: {', '.join(missing[:3])}, ..."
+        remedy = "the name of a causal language model, without a config that makes another of it; or pretrained=false"
+        raise Refused(Problem(what, "name", "", remedy))
+    return model
 
 
 def _config(transformers: Any, name: str | None, changes: dict[str, Any], vocabulary: int, trusted: bool, pretrained: bool) -> Any:
@@ -133,7 +140,7 @@ def _place(error: Exception) -> tuple[str, str, str]:
 
 
 def _with_lora(model: Any, settings: Mapping[str, Any]) -> Any:
-    """The model with adapters in its layers, the rest frozen; it stays of its class. Saved are merged weights (`kdrun.student.adapters`)."""
+    """The model with adapters in its layers, the rest frozen; its class stays. Saved are merged weights (`kdrun.student.adapters`)."""
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -154,8 +161,8 @@ def hidden_states(network: nn.Module, x: Tensor, **beside: Tensor) -> Tensor:
     """What a language model's head reads, ids [B, T] -> [B, T, D]: the model without its projection to the vocabulary."""
     own = getattr(network, "hidden_states", None)
     if own is not None:
-        return own(x, **beside)  # type: ignore[no-any-return]
-    return network.base_model(x, use_cache=False, **beside)[0]  # type: ignore[operator, no-any-return]
+        return own(x, **beside)
+    return network.base_model(x, use_cache=False, **beside)[0]  # type: ignore[operator]
 
 
 def head_of(network: nn.Module) -> tuple[Tensor, Tensor | None]:

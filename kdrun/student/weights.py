@@ -199,8 +199,9 @@ def sha256_of(module: nn.Module) -> str:
 def save_student(module: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write the student alone as safetensors (law 5): ``network.load_state_dict(safetensors.torch.load_file(path))`` takes it.
 
-    Names have no prefix, tied tensors are written twice so that plain torch finds each name, adapters are merged into their layers. `metadata`: strings as they are, anything
-    else as JSON. The same weights and metadata are the same bytes. The file appears whole or not at all.
+    Names have no prefix, tied tensors are written twice so that plain torch finds each name, adapters are merged into their layers.
+    `metadata`: strings as they are, anything else as JSON. The same weights and metadata are the same bytes. The file appears whole or not
+    at all.
     """
     path = Path(path)
     # clone: safetensors refuses tensors that share memory

@@ -20,7 +20,8 @@ def test_a_student_has_target_taps_and_checkpoint(name: str) -> None:
     chosen = node("student", name)
     assert chosen["checkpoint"] is None
     assert chosen["_target_"].startswith("kdrun.student.")
-    assert {"pooled", "map"} & {*chosen["taps"]} or chosen.get("speaks") == "tensor"
+    language = chosen["_target_"].startswith(("kdrun.student.language.", "kdrun.student.window."))
+    assert {"pooled", "map"} & {*chosen["taps"]} or chosen.get("speaks") == "tensor" or language
     assert isinstance(chosen["rename"], list)
 
 
@@ -35,6 +36,9 @@ def test_a_teacher_is_the_student_of_that_name_with_a_teachers_keys(name: str) -
     if name == "mlp":
         assert teacher["hidden"] == [512, 512]
         student |= {"hidden": teacher["hidden"], "taps": student["taps"] | {"f2": "relu2", "p2": "fc2"}}
+    if name == "window_lm":
+        assert teacher["hidden"] == 128
+        student |= {"hidden": 128}
     assert {key: teacher[key] for key in student} == student
     assert set(teacher) == set(student) | set(LIVE_KEYS)
 
