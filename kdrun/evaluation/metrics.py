@@ -71,10 +71,25 @@ KINDS: dict[str, MetricKind] = {
     "head_mass": MetricKind("", True),
     "tail_mass": MetricKind("", True),
     "taid_t": MetricKind("", True),
+    # Of what a language model writes, and of the plan `pipeline`: the share that is right.
+    **{
+        name: MetricKind("percent", True)
+        for name in ("accept", "greedy_accept", "teacher_accept", "corpus_accept", "written_accept", "unique_accept")
+    },
+    "unique_tails": MetricKind("completions", True),
+    "corpus_size": MetricKind("rows", True),
+    "corpus_tails": MetricKind("completions", True),
+    **{name: MetricKind("percent", True) for name in ("critic_precision", "critic_recall", "precision_at_recall", "average_precision")},
+    "kept_share": MetricKind("percent", True),
+    "critic_tau": MetricKind("", True),
     "parameters": MetricKind("parameters", False),
     "flops": MetricKind("FLOPs", False),
     "latency_ms": MetricKind("ms", False),
 }
+
+
+# Of published tables alone: kdrun does not measure them (a judge model, or people, are needed).
+ELSEWHERE: dict[str, MetricKind] = {"mt_bench": MetricKind("points of 10", True), "human_accept": MetricKind("percent", True)}
 
 
 def kind(name: str) -> MetricKind | None:
@@ -83,4 +98,4 @@ def kind(name: str) -> MetricKind | None:
         return MetricKind("percent", True)
     if _RANK_CORRELATION.fullmatch(name):
         return MetricKind("", True)
-    return KINDS.get(name)
+    return KINDS.get(name) or ELSEWHERE.get(name)

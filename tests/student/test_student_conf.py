@@ -11,7 +11,7 @@ from kdrun.student.taps import model_spec
 from tests.student.composed import CONF, node, options
 
 NETWORKS = sorted(set(options("student")) - {"custom"})
-LIVE = sorted(set(options("teacher")) - {"none", "truth", "snapshot", "ema"})
+LIVE = sorted(set(options("teacher")) - {"none", "truth", "snapshot", "ema", "current"})
 LIVE_KEYS = yaml.safe_load((CONF / "teacher" / "_live.yaml").read_text())
 
 
@@ -20,7 +20,7 @@ def test_a_student_has_target_taps_and_checkpoint(name: str) -> None:
     chosen = node("student", name)
     assert chosen["checkpoint"] is None
     assert chosen["_target_"].startswith("kdrun.student.")
-    language = chosen["_target_"].startswith(("kdrun.student.language.", "kdrun.student.window."))
+    language = chosen["_target_"].startswith(("kdrun.student.language.", "kdrun.student.window.", "kdrun.student.sum_policy.", "kdrun.student.critic."))
     assert {"pooled", "map"} & {*chosen["taps"]} or chosen.get("speaks") == "tensor" or language
     assert isinstance(chosen["rename"], list)
 
@@ -47,7 +47,8 @@ def test_teachers_without_a_network_say_their_kind() -> None:
     assert node("teacher", "none") == {"kind": "none"}
     assert node("teacher", "truth") == {"kind": "truth", "extra": "truth_logits"}
     assert node("teacher", "snapshot") == {"kind": "snapshot"}
-    assert node("teacher", "ema") == {"kind": "ema", "decay": 0.999}
+    assert node("teacher", "ema") == {"kind": "ema", "decay": 0.999, "prompt": "own"}
+    assert node("teacher", "current") == {"kind": "current", "prompt": "privileged"}
 
 
 @pytest.mark.parametrize("group", ["student", "teacher"])
