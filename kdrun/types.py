@@ -74,6 +74,7 @@ class Needs:
     student_taps: tuple[str, ...] = ()
     teacher_network: bool = False  # the live teacher itself, to be called in `compute` with gradient to its inputs
     extra: tuple[str, ...] = ()  # names the dataset must put into Batch.extra
+    silence: bool = False  # a teacher may say nothing (logits None), as the student's past does in the first epoch
     held_out: bool = False  # validation rows beside every step's batch: source.held_out
 
 
@@ -148,7 +149,10 @@ class Writes(Protocol):
         """The bare networks, before the first step."""
 
     def report(self) -> dict[str, float]:
-        """What writing has cost, apart from training."""
+        """What this rank has written in this process: sums, none of which depends on the clock."""
+
+    def seconds(self) -> float:
+        """What that has taken."""
 
 
 class Teacher(Stateful, Protocol):

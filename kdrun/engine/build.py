@@ -352,6 +352,9 @@ def _check_needs(
         )
     if needs.teacher_network and not isinstance(teacher, (LiveTeacher, NoTeacher)):
         problems.append(Problem(f"{name} needs a teacher network", "teacher", "", "a live teacher, e.g. teacher=mlp"))
+    if tree["teacher"].get("kind") == "snapshot" and needs.teacher_logits and not needs.silence:
+        what = f"{name} needs a teacher in every step, and the student's own past says nothing in the first epoch"
+        problems.append(Problem(what, "teacher", "", "teacher=ema, or objective=ps_kd objective.memory=model"))
     if needs.held_out and not tree["source"].get("held_out"):
         remedy = "source.held_out=128, with dataset.validation=0.1 if there is no validation split"
         problems.append(Problem(f"{name} learns from validation rows, and none come with the batches", "source.held_out", "", remedy))

@@ -62,3 +62,10 @@ def test_an_evaluation_of_samples_is_refused_on_a_graph(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         run(["dataset=csbm", "student=gcn", "teacher=none", "objective=ce", "source=whole", "evaluation=classification"], tmp_path / "run")
     assert [(problem.key, problem.remedy) for problem in caught.value.problems] == [("evaluation", "evaluation=graph")]
+
+
+def test_a_teacher_that_is_silent_at_first_is_refused_where_nobody_bears_it(tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(Refused) as caught:
+        run([*tiny, "objective=kd", "teacher=snapshot"], tmp_path / "run")
+    assert [(problem.key, "teacher=ema" in problem.remedy) for problem in caught.value.problems] == [("teacher", True)]
+    assert not (tmp_path / "run").exists()
