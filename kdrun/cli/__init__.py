@@ -16,6 +16,7 @@ def main() -> None:
     sys.path.append(os.getcwd())
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a file or a pipe wants no bars
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # nor those of transformers, which looks here
     try:
         app(prog_name="kdrun")
     except KdrunError as error:

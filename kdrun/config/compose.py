@@ -186,7 +186,9 @@ def _apply_when(config: DictConfig, choices: Mapping[str, str], given: list[str]
         if not all(str(choices.get(k, OmegaConf.select(config, k))) in options.split("|") for k, options in pairs):
             continue
         for key, value in entry.items():
-            if key == "if" or any(g == key or g.startswith(f"{key}.") for g in given):
+            # A whole node that the command line sets (plan.critic=null) is its own; the choice of a group is not.
+            nodes = [g for g in given if g not in GROUPS]
+            if key == "if" or any(g == key or g.startswith(f"{key}.") for g in given) or any(str(key).startswith(f"{n}.") for n in nodes):
                 continue
             OmegaConf.update(config, str(key), value, merge=False)
             origins[str(key)] = f"recipes/{recipe}.yaml (when {', '.join(conditions)})"

@@ -20,7 +20,7 @@ from kdrun.dataset.base import Data
 from kdrun.dataset.tokens import Ragged, TokenSplit
 from kdrun.dataset.vocabulary import Symbols
 
-HEAD = "head"  # row of extra [N] int64: the number of the event, by which rows are kept together
+HEAD = "head"  # row of extra [N] int64: the number of the event; what is cut into parts keeps the rows of an event together
 LENGTH = 4  # tokens of a row
 Graph = Literal["web", "human"]
 

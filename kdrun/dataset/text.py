@@ -138,8 +138,12 @@ class TextData:
 
     def _rows(self, table: Table, vocabulary: Tokenized, split: str) -> list[Sample]:
         messages, prompt, completion, text = (self._column(table, what) for what in ("messages", "prompt", "completion", "text"))
+        if self.privileged is not None and (messages is not None or prompt is None or completion is None):
+            remedy = "dataset.columns.prompt=COLUMN dataset.columns.completion=COLUMN, or dataset.privileged=null"
+            raise Refused(Problem("privileged prompts are made of prompts and completions", "dataset.privileged", table.where, remedy))
         if messages is not None:
-            made = [_conversation(row, vocabulary.tokenizer, table.where) for row in table.rows[messages]]
+            talks = _talks(table, messages)
+            made = [_conversation(turns, vocabulary.tokenizer, table.where) for turns in talks]
         elif prompt is not None and completion is not None:
             made = self._pairs(table, prompt, completion, vocabulary)
         elif text is not None:
@@ -152,7 +156,7 @@ class TextData:
         return self._fitting(made, table.where, split)
 
     def _pairs(self, table: Table, prompt: str, completion: str, vocabulary: Tokenized) -> list[Sample]:
-        tokenizer, pairs = vocabulary.tokenizer, list(zip(table.rows[prompt], table.rows[completion], strict=True))
+        tokenizer, pairs = vocabulary.tokenizer, [(a or "", b) for a, b in zip(table.rows[prompt], table.rows[completion], strict=True)]
         empty = [i for i, (_, after) in enumerate(pairs) if after is None or not str(after).strip()]
         if empty:
             what = f"{len(empty)} empty completions, the first in row {empty[0]}"
@@ -226,6 +230,22 @@ def _continued(vocabulary: Tokenized, separator: str, prompt: str, completion: s
 def _aided(row: Sample) -> Sample:
     assert row.aided is not None  # made beside every pair
     return row.aided
+
+
+def _talks(table: Table, column: str) -> list[Any]:
+    """The conversations of a column. Raises `Refused` for rows that are none, and for those in which the assistant says nothing."""
+    talks = [row or [] for row in table.rows[column]]
+    says = lambda turn: bool(turn.get("tool_calls") or str(turn.get("content") or "").strip())  # noqa: E731
+    whole = lambda turn: turn.get("role") and (turn.get("content") is not None or turn.get("tool_calls"))  # noqa: E731
+    formless = [i for i, row in enumerate(talks) if not all(map(whole, row))]
+    silent = [i for i, row in enumerate(talks) if not any(turn.get("role") == "assistant" and says(turn) for turn in row)]
+    for rows, what, remedy in (
+        (formless, "conversations of which a turn has no role and content", "turns as {role: user | assistant | system, content: TEXT}"),
+        (silent, "conversations with no answer of the assistant", "leave these rows out, or name another column"),
+    ):
+        if rows:
+            raise Refused(Problem(f"{len(rows)} {what}, the first in row {rows[0]}", "dataset.columns.messages", table.where, remedy))
+    return talks
 
 
 def _conversation(turns: Any, tokenizer: Any, where: str) -> Sample:

@@ -82,7 +82,10 @@ def stand_in(node: Mapping[str, Any], packages: Collection[str] = ALLOWED) -> Da
 
 def _as_text(data: Data, node: Mapping[str, Any]) -> Data:
     """With what a text brings beside its rows."""
-    splits = {name: replace(s, privileged=s.storage) if node.get("privileged") and isinstance(s, TokenSplit) else s for name, s in data.splits.items()}
+    splits = {
+        name: replace(s, privileged=s.storage) if node.get("privileged") and isinstance(s, TokenSplit) else s
+        for name, s in data.splits.items()
+    }
     reward = (lambda right, written: 0.0) if node.get("reward") else None
     return replace(data, splits=splits, vocabulary=Symbols(data.class_names), reward=reward)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from kdrun import rng
 from kdrun.dataset.base import Data
@@ -57,7 +58,7 @@ class Generation(Evaluation):
     def problems(self, data: Data) -> list[Problem]:
         if data.vocabulary is None:
             return [Problem(f"{data.name} is no text", "evaluation", data.name, "evaluation=classification")]
-        if data.reward is None:
+        if not data.judges:
             return [Problem(f"{data.name} does not say what a right completion is", "evaluation", data.name, "evaluation=language")]
         return []
 
@@ -65,25 +66,22 @@ class Generation(Evaluation):
         return list(METRICS)
 
     def measure(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> dict[str, float]:
-        rewards, lengths, left = [], 0.0, self.prompts
+        # By their ids: a rank sees its share of the rows alone.
+        chosen = None if self.prompts is None else torch.cat([split.ids[: self.prompts] for split in data.splits.values()])
+        sums = _Sums().to(device)
+        sums.update(torch.zeros(0, self.samples), 0)  # a rank may have no row
         for batch, _ in rows:
-            batch = batch if left is None else _first(batch, left)
-            if left is not None:
-                left -= len(batch.ids)
+            batch = batch if chosen is None else _picked(batch, torch.isin(batch.ids, chosen.to(batch.ids.device)))
             if not len(batch.ids):
-                break
+                continue
             prompts, references, texts = self._written(network, batch, data, device)
-            lengths += sum(map(len, texts))
-            assert data.reward is not None
-            rewards += [data.reward(reference, text) for reference, text in zip(references, texts, strict=True)]
-        if not rewards:
+            rewards = torch.tensor(data.rewards(prompts, references, texts), dtype=torch.float64)
+            sums.update(rewards.view(-1, self.samples), sum(map(len, texts)))
+        reward, right, tokens, asked = sums.compute().tolist()
+        if not asked:
             raise RunFailed("the evaluation saw no prompt")
-        table = torch.tensor(rewards, dtype=torch.float64).view(-1, self.samples)
-        return {
-            "reward": 100 * float(table.mean()),
-            "pass_k": 100 * float((table > 0).any(1).double().mean()),
-            "length": lengths / table.numel(),
-        }
+        written = asked * self.samples
+        return {"reward": 100 * reward / written, "pass_k": 100 * right / asked, "length": tokens / written}
 
     def _written(
         self, network: nn.Module, batch: Batch, data: Data, device: torch.device
@@ -102,7 +100,7 @@ class Generation(Evaluation):
         """Some completions beside their references, as text: samples.jsonl."""
         if not self.examples or data.vocabulary is None:
             return
-        batch = _first(next(data.batches("test", self.examples, device)), self.examples)
+        batch = next(data.batches("test", self.examples, device))
         lines: list[dict[str, Any]] = []
         for prompt, reference, text in zip(*self._written(network, batch, data, device), strict=True):
             told = {"prompt": prompt.tolist(), "reference": reference, "written": text}
@@ -110,5 +108,25 @@ class Generation(Evaluation):
         (folder / SAMPLES).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def _first(batch: Batch, count: int) -> Batch:
-    return Batch(batch.inputs[:count], batch.targets[:count], batch.ids[:count], batch.view[:count], {})
+def _picked(batch: Batch, rows: Tensor) -> Batch:
+    return Batch(batch.inputs[rows], batch.targets[rows], batch.ids[rows], batch.view[rows], {})
+
+
+class _Sums(Metric):
+    """[sum of rewards, prompts with a right completion, tokens, prompts], float64, reduced over ranks at once."""
+
+    higher_is_better = None
+    full_state_update = False
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, rewards: Tensor, tokens: int) -> None:
+        """Rewards [prompts, samples] and how many tokens these completions have."""
+        added = [rewards.sum(), (rewards > 0).any(1).sum(), torch.tensor(tokens), torch.tensor(len(rewards))]
+        self.total = self.total + torch.stack([value.double() for value in added]).to(self.total.device)
+
+    def compute(self) -> Tensor:
+        return self.total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class LanguageObjective(Objective):
     reduction: str = "token_mean"
     max_length: int | None = None  # of reduction "dr"
     projection: Projection = "auto"
+
+    rewarded: ClassVar[bool] = False  # whether completions must have been judged: a data set with a reward
 
     _chunked = _privileged = _sharded = False  # no fields: found out when the run is built
 

@@ -1,7 +1,7 @@
 """GRPO: group relative policy optimisation (DeepSeekMath, Shao et al. 2024, arXiv 2402.03300), the reinforcement learning that on-policy
 distillation is held against.
 
-    L = -mean min(rho A, clip(rho, 1 - low, 1 + high) A),   rho = q(y) / q_old(y),   A = (r - mean) / (sd + 1e-4) over a prompt's completions
+    L = -mean min(rho A, clip(rho, 1 - low, 1 + high) A),   rho = q(y) / q_old(y),   A = (r - mean) / (sd + 1e-4) over its prompt's texts
 
 of every token of a rollout (source=rollout with per_prompt above 1, a data set with a reward). No KL term. Unit: nothing; the value has
 no meaning. Constants: low 0.2 and high 0.28 are DAPO's (arXiv 2503.14476), the spread is the unbiased one of TRL.
@@ -28,6 +28,8 @@ from kdrun.types import Progress
 
 @dataclass(eq=False)
 class GRPO(LanguageObjective):
+    rewarded = True
+
     clip_low: float = 0.2
     clip_high: float = 0.28
     temperature: float = 1.0
@@ -37,10 +39,15 @@ class GRPO(LanguageObjective):
         require_positive(self, "clip_low", "clip_high", "temperature")
 
     def problems(self, tree: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None) -> list[Problem]:
-        found = super().problems(tree, student, teacher)
-        if (tree["source"].get("per_prompt") or 1) < 2:
+        found, source = super().problems(tree, student, teacher), tree["source"]
+        if (source.get("per_prompt") or 1) < 2:
             remedy = "source=rollout source.per_prompt=8"
-            found.append(Problem("advantages are relative to the other completions of a prompt", "source.per_prompt", "", remedy))
+            return [*found, Problem("advantages are relative to the other completions of a prompt", "source.per_prompt", "", remedy)]
+        if source["share"] < 1:
+            found.append(Problem("given texts have no advantages", "source.share", "", "source.share=1"))
+        if source["temperature"] != self.temperature:
+            what = f"the rollouts are drawn at temperature {source['temperature']}, so the ratio would not begin at 1"
+            found.append(Problem(what, "objective.temperature", "", f"objective.temperature={source['temperature']}"))
         return found
 
     def listens(self) -> bool:

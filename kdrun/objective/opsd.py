@@ -8,8 +8,8 @@ sum; a capped entry's logit is pushed down by the others. `divergence` jsd, reve
 
     L = -mean (log p[y] - log q[y]) log q[y],  the bracket without gradient
 
-Unit: nats per token, over all ranks and micro-batches. Constants: cap 0.05 is the authors' scripts' since March 2026 and not tuned; it scales
-with the problem. beta 0.5 is their first release's.
+Unit: nats per token, over all ranks and micro-batches. Constants: cap 0.05 is the authors' scripts' since March 2026 and not tuned; it
+scales with the problem. beta 0.5 is their first release's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from kdrun.losses import token
 from kdrun.losses.chunked import RowLoss
 from kdrun.losses.policy import sampled_token
+from kdrun.losses.precision import widen
 from kdrun.losses.token import keep_top
 from kdrun.objective._checks import require_legal, require_positive, require_share
 from kdrun.objective._language import TEACHER, TOKENS, LanguageObjective
@@ -67,5 +68,5 @@ class OPSD(LanguageObjective):
         return token.entry_clipped(student, teacher, cap, beta=beta, temperature=self.temperature)
 
     def _sampled(self, student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-        take = lambda logits: torch.log_softmax(logits.float() / self.temperature, -1).gather(-1, tokens[:, None])[:, 0]  # noqa: E731
+        take = lambda logits: torch.log_softmax(widen(logits) / self.temperature, -1).gather(-1, tokens[:, None])[:, 0]  # noqa: E731
         return sampled_token(take(student), take(teacher))

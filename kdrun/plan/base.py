@@ -47,6 +47,12 @@ class Training(Protocol):
     def exported(self) -> nn.Module:
         """The network that counts, whole."""
 
+    def take_best(self) -> None:
+        """Put the weights of the best validation epoch into that network, where the evaluation's protocol is that epoch."""
+
+    def spent(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) so far, those before a resume included."""
+
 
 class Session(Protocol):
     """What a plan works with: one run, its configuration, data and folder."""

@@ -58,11 +58,7 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
     stage["optim"] = {**stage["optim"], "ema": None}
     stage["optim"]["phases"] = {}
     stage["plan"] = {"_target_": "kdrun.plan.single.Single", "start_from": None}
-    fit = dict(node.get("fit") or {})
-    for group in [g for g, value in fit.items() if isinstance(value, Mapping) and "_target_" in value]:
-        stage[group] = dict(fit.pop(group))  # a group of its own: another objective, source or evaluation
-    for key, value in flatten(fit).items():
-        _set(stage, key, value)
+    with_changes(stage, node.get("fit") or {}, "teacher.fit")
     content = {k: stage[k] for k in ("student", "source", "optim", "objective", "seed")}
     # Where the data lies and how many workers read it changes no teacher; the fingerprint says which data it is.
     content["dataset"] = {k: v for k, v in stage["dataset"].items() if k not in LOCATION}
@@ -80,11 +76,23 @@ def _choice(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     return {key: evaluation.get(key) for key in ("protocol", "primary", "ties", "patience", "every_epochs")}
 
 
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+def with_changes(tree: dict[str, Any], changes: Mapping[str, Any], place: str) -> None:
+    """Put changes into a stage's own tree: single keys, or whole groups that name a class. `place`: where they stand, for errors.
+
+    Raises `Refused` where a change names a key that there is not.
+    """
+    fit = dict(changes)
+    for group in [g for g, value in fit.items() if isinstance(value, Mapping) and "_target_" in value]:
+        tree[group] = dict(fit.pop(group))  # a group of its own: another objective, source or evaluation
+    for key, value in flatten(fit).items():
+        _set(tree, key, value, place)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
     *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf not in node:
-        raise Refused(Problem("unknown key", f"teacher.fit.{key}", "", did_you_mean(key, flatten(tree))))
+        raise Refused(Problem("unknown key", f"{place}.{key}", "", did_you_mean(key, flatten(tree))))
     node[leaf] = value

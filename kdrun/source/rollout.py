@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,7 +63,7 @@ class Rollout(Spec):
         if isinstance(place.micro_batch, (list, tuple)):
             what = "sizes of micro-batches for completions that do not exist yet"
             raise Refused(Problem(what, "hardware.micro_batch", data.name, "one number, or null"))
-        return RolloutStream(self, Loader(self.batch_size).stream(data, split, replace(place, micro_batch=None)), place)
+        return RolloutStream(self, Loader(self.batch_size).stream(data, split, place), place)
 
 
 @dataclass(eq=False)
@@ -75,7 +75,8 @@ class RolloutStream(Stateless):
     place: Place
     steps_per_epoch: int = field(init=False)
     _networks: tuple[nn.Module, ...] = field(default=(), init=False, repr=False)
-    _spent: dict[str, float] = field(default_factory=lambda: {"generated_tokens": 0.0, "generation_seconds": 0.0}, init=False)
+    _tokens: int = field(default=0, init=False)
+    _seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.steps_per_epoch = self.spec.steps_per_epoch or self.prompts.steps_per_epoch
@@ -87,18 +88,23 @@ class RolloutStream(Stateless):
         self._networks = (student,) if self.spec.writer == "student" or teacher is None else (teacher,)
 
     def report(self) -> dict[str, float]:
-        """What writing has cost in this process: tokens and seconds."""
-        return dict(self._spent)
+        return {"generated_tokens": float(self._tokens)}
+
+    def seconds(self) -> float:
+        return self._seconds
 
     def group(self, step: int) -> list[Batch]:
         """The micro-batches of optimiser step `step` (from 0) on this rank."""
         of_data = float(rng.uniform(rng.key(self.place.seed, "rollout or data"), torch.tensor([step]))[0]) >= self.spec.share
         if of_data or not self._networks:  # no network is attached where a few steps are only timed
             return self.prompts.group(step)
-        index, view = self.prompts.pieces(step)[0]
-        return self._written(index.repeat_interleave(self.spec.per_prompt), view[:1], step)
+        index, view = map(torch.cat, zip(*self.prompts.pieces(step), strict=True))
+        each = self.spec.per_prompt
+        whole = self._written(index.repeat_interleave(each), view[:1], step)
+        sizes = self.place.cut(len(index) * each, self.prompts.largest_share(step) * each)
+        return [_rows(whole, part) for part in torch.arange(len(index) * each).split(sizes)]
 
-    def _written(self, index: Tensor, view: Tensor, step: int) -> list[Batch]:
+    def _written(self, index: Tensor, view: Tensor, step: int) -> Batch:
         data, split = self.prompts.data, self.prompts.data.split(self.prompts.split)
         assert isinstance(split, TokenSplit)
         assert data.vocabulary is not None
@@ -119,15 +125,11 @@ class RolloutStream(Stateless):
             data.vocabulary.pad,
             self.place.device,
         )
-        self._spent["generation_seconds"] += time.perf_counter() - began
-        self._spent["generated_tokens"] += float(told.lengths.sum())
+        self._tokens += int(told.lengths.sum())
+        self._seconds += time.perf_counter() - began
         texts = [tokens[:n].tolist() for tokens, n in zip(told.tokens.cpu(), told.lengths.tolist(), strict=True)]
-        rewards = torch.tensor([data.reward(r, t) for r, t in zip(references, texts, strict=True)]) if data.reward is not None else None
-        whole = self._batch(request, prompts, texts, told, rewards, split)
-        return [_rows(whole, part) for part in torch.arange(len(index)).split(self._micro(len(index)))]
-
-    def _micro(self, rows: int) -> int:
-        return min(int(self.place.micro_batch), rows) if isinstance(self.place.micro_batch, int) else rows
+        rewards = torch.tensor(data.rewards(prompts, references, texts)) if data.judges else None
+        return self._batch(request, prompts, texts, told, rewards, split)
 
     def _batch(
         self, request: Request, prompts: list[Tensor], texts: list[list[int]], told: Completions, rewards: Tensor | None, split: TokenSplit

@@ -48,9 +48,10 @@ class Sampling:
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[..., -1:], -torch.inf)
         if self.top_p < 1:
-            ordered, order = logits.softmax(-1).sort(descending=True)
+            # A large vocabulary takes long to sort, and top_k has left few of it.
+            ordered, order = logits.softmax(-1).topk(min(self.top_k or logits.shape[-1], logits.shape[-1]))
             beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the first token that reaches top_p is kept
-            logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
+            logits = logits.masked_fill(torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, beyond), -torch.inf)
         return F.log_softmax(logits, -1)
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from kdrun.dataset.atomic import RELEASED
 from tests.conftest import write_parquet
-from tests.dataset import pairs
+from tests.dataset import pairs, words
 from tests.dataset.annotated import write_coco
+from tests.dataset.atomics import write_tokenizer, write_triples
 from tests.dataset.graphs import PITFALLS_FILES, PLANETOID_CLASSES, write_archive, write_pitfalls
 
 # Networks of timm's own tests: the real stems and heads of a timm model in half a million parameters.
@@ -47,6 +49,52 @@ def write_pairs(folder: Path) -> dict[str, Path]:
     return found | {"coco": write_coco(folder / "coco", classes=80)}
 
 
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Texts and a tokenizer of their words, by data set."""
+    write_triples(folder / "atomic10x" / f"{RELEASED}.jsonl")
+    write_tokenizer(folder / "atomic10x" / "tokenizer")
+    return {"atomic10x": folder / "atomic10x"}
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """Questions, conversations and tiny models of one tokenizer, by data set."""
+    asked = [{"problem": row["prompt"], "solution": row["completion"]} for row in words.pairs(12)]
+    talks = [
+        {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+        for row in words.pairs(12)
+    ]
+    for name in ("text", "openthoughts_math", "ultrachat_200k"):
+        words.write_model(folder / name / "teacher", seed=1, hidden_size=24)
+        words.write_model(folder / name / "student")
+        words.write_tokenizer(folder / name / "tokenizer", words.TEMPLATE)
+    words.write_jsonl(folder / "text" / "mine.jsonl", words.pairs(24))
+    words.write_jsonl(folder / "openthoughts_math" / "mine.jsonl", asked)
+    for split in ("train_sft", "test_sft"):
+        words.write_jsonl(folder / "ultrachat_200k" / "rows" / f"{split}.jsonl", talks)
+    return {name: folder / name for name in ("text", "openthoughts_math", "ultrachat_200k")}
+
+
+def stand_in_for_texts(dataset: str, folder: Path) -> list[str]:
+    """Tiny models for the published ones: the recipe's own kind in small, or folders where the recipe has no shape."""
+    small = [*CPU, "dataset.max_length=48", "source.batch_size=4"]
+    if dataset == "text":
+        return [*small, f"dataset.path={folder}/mine.jsonl", f"teacher.name={folder}/teacher", f"student.name={folder}/student"]
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fresh = [f"{who}.config.{key}={value}" for who in ("student", "teacher") for key, value in {**sizes, "vocab_size": 32}.items()]
+    fresh += [
+        "student.name=null",
+        "teacher.name=null",
+        f"dataset.tokenizer={folder}/tokenizer",
+        "teacher.dtype=fp32",
+        "hardware.dtype=fp32",
+    ]
+    if dataset == "ultrachat_200k":
+        return [*small, *fresh, "dataset.hub=null", f"dataset.path={folder}/rows", "dataset.subset_test=null"]
+    few = ["source.max_new_tokens=4", "evaluation.max_new_tokens=4", "evaluation.samples=2", "dataset.reward=number"]
+    shared = [word for word in fresh if not word.startswith("teacher.config")]  # the teacher's is the student's
+    return [*small, *shared, "student.config.head_dim=8", *few, f"dataset.path={folder}/mine.jsonl"]
+
+
 def fewer_queries(tree: Mapping[str, Any]) -> list[str]:
     """Rounds of queries and validation rows beside the batches that a stand-in can give."""
     held_out = ["source.held_out=4"] if tree["source"].get("held_out") else []
@@ -57,8 +105,16 @@ def stand_in(dataset: str, folders: dict[str, Path], plan: str = "single") -> li
     """The overrides that put the stand-in of a data set under a recipe; `folders` by data set."""
     if plan == "federated" and dataset in folders:
         return [*CPU, f"dataset.path={folders[dataset]}", "dataset.subset=null", "dataset.subset_test=10", "plan.extractor=null"]
-    if dataset in ("digits", "gaussians", "regions", "stripes", "glyphs", "noise", "bimodal", "topics"):
+    if dataset in ("digits", "gaussians", "regions", "stripes", "glyphs", "noise", "bimodal", "topics", "sums"):
         return CPU
+    if dataset == "events":
+        return [*CPU, "dataset.verbs=12", "dataset.objects=12", "dataset.web_events=100", "dataset.human_events=20", "evaluation.samples=2"]
+    if dataset == "atomic10x":
+        model = "{model_type: gpt2, n_embd: 8, n_head: 2, n_layer: 1, n_positions: 64}"
+        files = [f"dataset.path={folders[dataset] / RELEASED}.jsonl", f"dataset.tokenizer={folders[dataset] / 'tokenizer'}"]
+        return [*CPU, *files, "student.name=null", f"student.config={model}", "source.batch_size=4"]
+    if dataset in ("text", "openthoughts_math", "ultrachat_200k"):
+        return stand_in_for_texts(dataset, folders[dataset])
     if dataset == "camvid":
         return [*CPU, f"dataset.path={folders[dataset]}", "dataset.subset=6"]
     if dataset == "cityscapes":

@@ -12,7 +12,16 @@ from kdrun.config.compose import compose
 from kdrun.config.paths import SearchPath
 from tests.conftest import run_cli
 from tests.dataset.connections import write_connections
-from tests.recipes.standins import fewer_queries, stand_in, write_graphs, write_imagenet, write_labelled, write_pairs
+from tests.recipes.standins import (
+    fewer_queries,
+    stand_in,
+    write_graphs,
+    write_imagenet,
+    write_labelled,
+    write_models,
+    write_pairs,
+    write_texts,
+)
 
 RECIPES = list(SearchPath.of().options("recipes"))
 DRY = ["run.dry=true", "run.rivals=false", "run.seeds=null"]
@@ -27,7 +36,8 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 def folders(tiny_cifar100: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     graphs, pairs = write_graphs(tmp_path_factory.mktemp("graphs")), write_pairs(tmp_path_factory.mktemp("pairs"))
     plain = write_labelled(tmp_path_factory.mktemp("labelled"))
-    plain |= {"nsl_kdd": write_connections(tmp_path_factory.mktemp("nsl_kdd"))}
+    plain |= {"nsl_kdd": write_connections(tmp_path_factory.mktemp("nsl_kdd")), **write_texts(tmp_path_factory.mktemp("texts"))}
+    plain |= write_models(tmp_path_factory.mktemp("models"))
     return {"cifar100": tiny_cifar100, "imagenet": write_imagenet(tmp_path_factory.mktemp("imagenet")), **graphs, **pairs, **plain}
 
 

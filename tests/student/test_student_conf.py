@@ -20,7 +20,9 @@ def test_a_student_has_target_taps_and_checkpoint(name: str) -> None:
     chosen = node("student", name)
     assert chosen["checkpoint"] is None
     assert chosen["_target_"].startswith("kdrun.student.")
-    language = chosen["_target_"].startswith(("kdrun.student.language.", "kdrun.student.window.", "kdrun.student.sum_policy.", "kdrun.student.critic."))
+    language = chosen["_target_"].startswith(
+        ("kdrun.student.language.", "kdrun.student.window.", "kdrun.student.sum_policy.", "kdrun.student.critic.")
+    )
     assert {"pooled", "map"} & {*chosen["taps"]} or chosen.get("speaks") == "tensor" or language
     assert isinstance(chosen["rename"], list)
 

@@ -1,0 +1,121 @@
+"""Texts out of files: conversations by a chat template, and the prompts of a privileged reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdrun.dataset.tokens import TokenSplit, prompts_of
+from tests.dataset.test_text import QA, chatting, load, refusal, tokenizer, tokens, write_parquet
+from tests.dataset.words import BOS, REWRITING, ids, write_jsonl, write_tokenizer
+
+pytest.importorskip("transformers")
+__all__ = ["chatting", "tokenizer"]  # fixtures
+
+TALK = [
+    {"role": "system", "content": "two"},
+    {"role": "user", "content": "what is one"},
+    {"role": "assistant", "content": "two ."},
+    {"role": "user", "content": "why"},
+    {"role": "assistant", "content": "Because"},
+]
+TOLD = "<system> two <end> <user> what is one <end> <assistant> two . <end> <user> why <end> <assistant> Because <end>"
+
+
+def test_only_what_the_assistant_says_is_learned_over_several_turns(tmp_path: Path, chatting: Path) -> None:
+    for column in ("messages", "conversations"):
+        found = tokens(load(write_jsonl(tmp_path / f"{column}.jsonl", [{column: TALK}] * 4), chatting))
+        assert found[0] == (ids(TOLD), ids("two . <end> Because <end>"))
+    assert tokens(load(write_parquet(tmp_path / "x.parquet", [{"messages": TALK}] * 4), chatting)) == found
+
+
+def test_turns_after_the_last_answer_are_left_out(tmp_path: Path, chatting: Path) -> None:
+    rows = [{"messages": [*TALK, {"role": "user", "content": "one"}]}] * 4
+    assert tokens(load(write_jsonl(tmp_path / "x.jsonl", rows), chatting))[0][0] == ids(TOLD)
+
+
+def test_a_template_is_applied_to_prompts_and_completions_where_there_is_one(tmp_path: Path, chatting: Path, tokenizer: Path) -> None:
+    file = write_jsonl(tmp_path / "x.jsonl", [QA] * 4)
+    expected = (ids("<user> what is one plus two <end> <assistant> three . <end>"), ids("three . <end>"))
+    assert tokens(load(file, chatting))[0] == tokens(load(file, chatting, template=True))[0] == expected
+    assert tokens(load(file, chatting, template=False)) == tokens(load(file, tokenizer))
+    what, key, remedy = refusal(file, tokenizer, template=True)
+    assert (key, "no chat template" in what, "dataset.template=false" in remedy) == ("dataset.template", True, True)
+
+
+def test_prompts_of_conversations_end_where_the_assistant_is_asked(tmp_path: Path, chatting: Path) -> None:
+    """What a rollout continues is what the template puts there for generation."""
+    data = load(write_jsonl(tmp_path / "x.jsonl", [QA] * 4), chatting)
+    batch = next(data.batches("test", 1))
+    assert data.vocabulary is not None
+    ((prompt,), _) = prompts_of(torch.stack([batch.inputs, batch.targets], 1))
+    own = data.vocabulary.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        [{"role": "user", "content": QA["prompt"]}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert prompt.tolist() == own
+
+
+def test_conversations_without_a_template_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    what, key, remedy = refusal(write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}] * 4), tokenizer)
+    assert (key, "chat template" in what, "prompt and completion" in remedy) == ("dataset.tokenizer", True, True)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_and_used_for_one(tmp_path: Path) -> None:
+    rewriting = write_tokenizer(tmp_path / "rewriting", REWRITING)
+    what, key, remedy = refusal(write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}] * 4), rewriting)
+    assert (key, "otherwise when others follow" in what, "one assistant turn" in remedy) == ("dataset.template", True, True)
+    one = [{"messages": TALK[1:3]}] * 4
+    found = tokens(load(write_jsonl(tmp_path / "y.jsonl", one), rewriting))[0]
+    assert found == (ids("<user> what is one <end> <assistant> two . <end>"), ids("two . <end>"))
+
+
+@pytest.mark.parametrize(
+    ("turns", "told"),
+    [
+        ([{"from": "human", "value": "why"}, {"from": "gpt", "value": "Because"}], "role and content"),
+        ([{"role": "user"}, {"role": "assistant", "content": "two"}], "role and content"),
+        ([{"role": "user", "content": "why"}], "no answer"),
+        ([], "no answer"),
+        ([{"role": "user", "content": "why"}, {"role": "assistant", "content": " "}], "no answer"),
+    ],
+)
+def test_conversations_that_are_none_are_refused_with_their_row(
+    turns: list[dict[str, str]], told: str, tmp_path: Path, chatting: Path
+) -> None:
+    what, key, _ = refusal(write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK[1:3]}] * 2 + [{"messages": turns}] * 2), chatting)
+    assert told in what
+    assert "row 2" in what
+    assert key == "dataset.columns.messages"
+
+
+# -- privileged prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_privileged_prompt_is_made_of_prompt_and_completion_and_ends_in_the_same_answer(
+    tmp_path: Path, tokenizer: Path, chatting: Path
+) -> None:
+    file, words = write_jsonl(tmp_path / "x.jsonl", [QA] * 4), "{prompt} Because {completion} why"
+    told = {tokenizer: [BOS, *ids("what is one plus two Because three . why")]}
+    told[chatting] = ids("<user> what is one plus two Because three . why <end> <assistant>")
+    for folder, expected in told.items():
+        data = load(file, folder, privileged=words)
+        part, plain = data.split("train"), load(file, folder)
+        assert isinstance(part, TokenSplit)
+        assert part.privileged is not None
+        every = torch.arange(len(part))
+        (prompt, *_), (answer, *_) = prompts_of(part.privileged.fetch(part.request(every, every, 0, False), torch.device("cpu")))
+        own = prompts_of(part.storage.fetch(part.request(every, every, 0, False), torch.device("cpu")))
+        assert (prompt.tolist(), answer) == (expected, own[1][0])
+        assert tokens(data) == tokens(plain)
+        assert data.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "two"}]}, {"text": "one two"}]
+)
+def test_privileged_prompts_of_other_rows_are_refused(row: dict[str, Any], tmp_path: Path, chatting: Path) -> None:
+    what, key, remedy = refusal(write_jsonl(tmp_path / "x.jsonl", [row] * 4), chatting, privileged="{prompt} {completion}")
+    assert (key, "dataset.privileged=null" in remedy) == ("dataset.privileged", True), what
