@@ -73,12 +73,14 @@ class LanguageObjective(Objective):
         return nn.ModuleDict()
 
     def start(self, start: Start, connectors: Connectors) -> None:
-        """Only two plain heads can be applied in parts."""
-        teacher = [] if start.teacher is None else [start.teacher]
-        self._chunked = (
-            self._chunked and bool(teacher or not self.listens()) and all(has_plain_head(network) for network in (start.student, *teacher))
-        )
-        self._network = tuple(teacher)  # in a tuple: not a part of this objective
+        self._chunked = self._chunked and self._plain(start.student, start.teacher)
+        self._network = () if start.teacher is None else (start.teacher,)  # in a tuple: not a part of this objective
+
+    def _plain(self, student: nn.Module, teacher: nn.Module | None) -> bool:
+        """Whether the heads can be applied in parts: both there, and no more than a matrix."""
+        if teacher is None:
+            return not self.listens() and has_plain_head(student)
+        return has_plain_head(student) and has_plain_head(teacher)
 
     def problems(self, tree: Mapping[str, Any], student: nn.Module, teacher: nn.Module | None) -> list[Problem]:
         self._privileged = tree["teacher"].get("prompt") == "privileged"
@@ -88,6 +90,9 @@ class LanguageObjective(Objective):
         if self._sharded and self.projection == "chunked":
             remedy = "objective.projection=whole, or hardware.wrap=ddp"
             found.append(Problem("the logits of a student that is sharded by FSDP2 are made at once", "objective.projection", "", remedy))
+        if self.projection == "chunked" and reads_tokens(student) and not self._plain(student, teacher):
+            what = "logits can be made a chunk at a time where student and teacher are networks whose last step is one matrix"
+            found.append(Problem(what, "objective.projection", "", "objective.projection=whole"))
         if not reads_tokens(student):
             found.append(Problem("the student is no language model", "student", "", "student=causal_lm, or objective=kd for classes"))
         return found

@@ -170,6 +170,15 @@ def test_chunks_do_not_ask_the_teacher_for_its_logits(name: str) -> None:
     assert make("lm_kd", projection="chunked").needs().teacher_logits  # before the run: there must be a teacher
 
 
+@pytest.mark.parametrize(("projection", "refused"), [("chunked", True), ("auto", False)])
+def test_chunks_that_cannot_be_made_are_refused_where_they_are_asked_for(projection: str, refused: bool) -> None:
+    """A teacher without a network of its own has no head to apply; auto makes the logits at once."""
+    objective = make("lm_kd", projection=projection)
+    tree = {"teacher": {"kind": "truth"}, "hardware": {"wrap": "ddp"}}
+    assert [p.key for p in objective.problems(tree, tiny("llama"), None)] == ["objective.projection"] * refused
+    assert objective.problems(tree, tiny("llama"), tiny("gpt2")) == []
+
+
 def test_large_vocabularies_are_chunked_by_themselves_where_heads_are_plain() -> None:
     student, teacher = tiny("llama"), tiny("gpt2", seed=7)
     scaled = causal_lm(V, config={**LLAMA, "model_type": "granite", "logits_scaling": 2.0}).double()
