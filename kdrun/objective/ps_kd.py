@@ -47,7 +47,8 @@ class PSKD(Objective):
         require_legal(self, "schedule", "memory", "table_dtype", "table_on")
 
     def needs(self) -> Needs:
-        return Needs(teacher_logits=self.alpha_T > 0 and self.memory == "model", silence=True)
+        listens = self.alpha_T > 0 and self.memory == "model"
+        return Needs(teacher_logits=listens, silence=listens)
 
     @property
     def _has_table(self) -> bool:

@@ -67,7 +67,8 @@ def on_meta(name: str, classes: int = 100, input_shape: tuple[int, ...] = (3, 32
 
 def test_the_table_has_every_network_with_a_configuration_of_its_own() -> None:
     graphs, dense = {"gcn", "sage", "gat"}, {"segmenter", "deeplabv3", "pspnet", "retinanet", "faster_rcnn"}
-    others = {"mlp", "timm", "custom", "denoiser_mlp", "denoiser_unet", "generator_mlp", "generator_unet", *graphs, *dense}
+    texts = {"causal_lm", "window_lm", "sum_policy"}
+    others = {"mlp", "timm", "custom", "denoiser_mlp", "denoiser_unet", "generator_mlp", "generator_unet", *graphs, *dense, *texts}
     assert set(TABLE) == set(options("student")) - others
 
 
