@@ -93,7 +93,7 @@ def returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0, per_step: bool = 
     """R_t = sum_{t' >= t} gamma^(t' - t) r_t'.  rewards [B, T], mask [B, T] bool of the answers' tokens -> [B, T], detached.
 
     `per_step` divides by the number of tokens from t on, t counted: MiniLLM's length normalisation (ICLR 2024, arXiv
-    2306.08543, section 2.2) as its public code has it, with gamma 0.95. 0 outside the mask.
+    2306.08543) as its public code has it, with gamma 0.95. 0 outside the mask.
     """
     rewards = torch.where(mask, widen(rewards.detach()), 0.0)
     running, steps = torch.zeros_like(rewards[:, 0]), []

@@ -141,7 +141,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Te
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float, rescale: bool = False, temperature: float = 1.0) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.  Logits [..., V] -> [...], nats.
 
-    GKD (ICLR 2024, arXiv 2306.13649, section 2). beta 0 is the forward and 1 the reverse KL, as in TRL's code; the
+    GKD (ICLR 2024, arXiv 2306.13649). beta 0 is the forward and 1 the reverse KL, as in TRL's code; the
     formula itself is 0 at both, so the scale jumps there. `rescale` divides by beta (1 - beta), which is continuous to
     both KLs. Then a beta within 1e-3 of 0 or 1 loses digits in float32.
     """
@@ -156,13 +156,13 @@ def total_variation(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 
 
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """KL(p || alpha p + (1 - alpha) q).  Logits [..., V] -> [...], nats. DistiLLM (ICML 2024, arXiv 2402.03898, section 3.1)."""
+    """KL(p || alpha p + (1 - alpha) q).  Logits [..., V] -> [...], nats. DistiLLM (ICML 2024, arXiv 2402.03898)."""
     log_q, log_p = _log_probs(student, teacher, temperature)
     return finite_kl(log_p, log_mixture(log_p, log_q, alpha))
 
 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """KL(q || (1 - alpha) p + alpha q).  Logits [..., V] -> [...], nats. DistiLLM (ICML 2024, arXiv 2402.03898, section 3.1)."""
+    """KL(q || (1 - alpha) p + alpha q).  Logits [..., V] -> [...], nats. DistiLLM (ICML 2024, arXiv 2402.03898)."""
     log_q, log_p = _log_probs(student, teacher, temperature)
     return finite_kl(log_q, log_mixture(log_q, log_p, alpha))
 
@@ -203,7 +203,7 @@ def clipped_share(student: Tensor, teacher: Tensor, cap: float, beta: float = 0.
 def interpolated_target(student: Tensor, teacher: Tensor, t: float | Tensor) -> Tensor:
     """log softmax((1 - t) student + t teacher), wholly detached.  Logits [..., V] -> [..., V].
 
-    TAID (ICLR 2025, arXiv 2501.16937, section 3). Mixed in float32 or wider. An id that either model masks is out of the
+    TAID (ICLR 2025, arXiv 2501.16937). Mixed in float32 or wider. An id that either model masks is out of the
     target: 0 * (-inf) would be NaN.
     """
     student, teacher = widen(student.detach()), widen(teacher.detach())
