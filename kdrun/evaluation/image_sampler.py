@@ -11,16 +11,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kdrun import rng
-from kdrun.errors import Problem, Refused
+from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.evaluation.base import Evaluation, Rows
 from kdrun.evaluation.sampler import sample
 from kdrun.student.build import build
+from kdrun.student.generator import Solver
 from kdrun.student.weights import load_weights
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ AT_ONCE = 250  # images in one network call
 
 @dataclass(eq=False)
 class ImageSampler(Evaluation):
-    """So many samples of every class from a one-step generator (one call each) or from a noise predictor (`calls` each, DDIM).
+    """So many samples of every class from a one-step generator (one call each) or a noise predictor (`calls` by `solver`, of diffusers).
 
     classifier: a network's node with its `checkpoint`, {} for none: ua, override_rate and kept_accuracy (as in `Sampler`,
     percent) are then not measured. It is given inputs normalised by `classifier_mean` and `classifier_std`, the data set's own
@@ -45,6 +46,7 @@ class ImageSampler(Evaluation):
     override: int | None = 1
     samples: int = 5000
     calls: int = 40
+    solver: Solver = "DDIMScheduler"
     fid: bool = True
     classifier: dict[str, Any] = field(default_factory=dict)
     classifier_mean: list[float] | None = None
@@ -57,6 +59,9 @@ class ImageSampler(Evaluation):
             for name, example in (("calls", 40), ("samples", 5000))
             if getattr(self, name) < 1
         ]
+        if self.solver not in get_args(Solver):
+            what = f"'{self.solver}' is not one of diffusers' solvers that draw nothing"
+            problems.append(Problem(what, "evaluation.solver", "", did_you_mean(self.solver, get_args(Solver))))
         if self.classifier and not self.classifier.get("checkpoint"):
             what = "a classifier that was never trained says nothing"
             problems.append(Problem(what, "evaluation.classifier.checkpoint", "", "the file with its weights"))
@@ -85,7 +90,7 @@ class ImageSampler(Evaluation):
         calls = 1
         for label in range(data.classes):
             for z in self._latents(label, data, device):
-                images, calls = sample(network, z, torch.full((len(z),), label, device=device), self.calls)
+                images, calls = sample(network, z, torch.full((len(z),), label, device=device), self.calls, self.solver)
                 if not images.isfinite().all():
                     return dict.fromkeys(METRICS, math.nan)
                 if frechet is not None and label != self.forget:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from kdrun import rng
 from kdrun.errors import Problem, Refused
 from kdrun.evaluation.base import Evaluation, Rows
-from kdrun.losses.score import linear_schedule
-from kdrun.student.generator import ddim
+from kdrun.student.denoiser import UNetDenoiser, schedule_of
+from kdrun.student.generator import Solver, ddim, solve
 from kdrun.types import Batch, Teacher
 
 if TYPE_CHECKING:
@@ -108,16 +108,21 @@ class Sampler(Evaluation):
         }
 
 
-def sample(network: nn.Module, z: Tensor, labels: Tensor, calls: int) -> tuple[Tensor, int]:
-    """(samples float32 shaped as z [B, ...], network calls): one for a generator, `calls` of DDIM for a noise predictor.
+def sample(network: nn.Module, z: Tensor, labels: Tensor, calls: int, solver: Solver = "DDIMScheduler") -> tuple[Tensor, int]:
+    """(samples float32 shaped as z [B, ...], network calls): one for a generator, `calls` for a noise predictor.
+
+    A noise predictor of images is asked by `solver`, the others by DDIM.
 
     Raises `Refused` for a network that is neither.
     """
     takes = tuple(getattr(network, "takes", ()))
     if takes == ("labels",):
         return network(z, labels=labels).float(), 1
-    if takes == ("labels", "t"):
-        return ddim(network, linear_schedule(), z, labels, calls).float(), calls
+    if isinstance(network, UNetDenoiser):
+        return solve(network, solver, z, labels, calls).float(), calls
+    schedule = schedule_of(network)
+    if takes == ("labels", "t") and schedule is not None:
+        return ddim(network, schedule, z, labels, calls).float(), calls
     what = f"{type(network).__name__} is no conditional sampler: its forward takes {', '.join(takes) or 'nothing'} beside its input"
     raise Refused(Problem(what, "student", "", "a network such as student=generator_mlp or student=denoiser_mlp"))
 

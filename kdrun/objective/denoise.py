@@ -5,7 +5,7 @@
 With probability `label_dropout` the label c is replaced by the network's null label (classifier-free guidance, arXiv
 2207.12598). The student is a noise predictor (`kdrun.student.denoiser`); time, noise and dropout are drawn by the sample's id.
 
-Unit: squared noise units per sample. Constants: the linear schedule of DDPM, T = 1000; label dropout 0.1 is that of the
+Unit: squared noise units per sample. Times are those of the network's schedule, T of them. Constants: label dropout 0.1 is that of the
 class-conditional DDPM teachers of SFD (arXiv 2409.11219).
 """
 
@@ -18,9 +18,10 @@ import torch
 
 from kdrun import rng
 from kdrun.errors import Problem, Refused
-from kdrun.losses.score import linear_schedule, noise_error
+from kdrun.losses.score import noise_error
 from kdrun.objective._checks import require_nonnegative
 from kdrun.objective.base import Objective
+from kdrun.student.denoiser import NO_SCHEDULE, schedule_of
 from kdrun.types import Batch, Connectors, Context, Output, Progress, Signal, Start, Term
 
 
@@ -34,17 +35,21 @@ class Denoise(Objective):
             raise ValueError(f"label_dropout={self.label_dropout}: legal range [0, 1)")
 
     def setup(self, context: Context) -> Connectors:
-        self._seed, self._null, self._schedule = context.seed, context.classes, linear_schedule()
+        self._seed, self._null, self._device = context.seed, context.classes, "cpu"
         return super().setup(context)
 
     def start(self, start: Start, connectors: Connectors) -> None:
-        """Raises `Refused` where labels are to be dropped and the network has none to put in their place."""
+        """Raises `Refused` for a network without a noise schedule, and for labels to be dropped that it can put nothing in the place of."""
+        schedule = schedule_of(start.student)
+        if schedule is None:
+            raise Refused(NO_SCHEDULE)
+        self._schedule = schedule.to(self._device)
         if self.label_dropout and getattr(start.student, "null_label", None) is None:
             remedy = "student.null_label=true, or objective.label_dropout=0"
             raise Refused(Problem("the network has no label that stands for none", "objective.label_dropout", "", remedy))
 
     def to(self, device: Any) -> None:
-        self._schedule = self._schedule.to(device)
+        self._device = device
 
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"denoise": 1.0}

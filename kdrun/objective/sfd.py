@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from kdrun import rng
 from kdrun.errors import Problem, Refused
-from kdrun.losses.score import diff_instruct_loss, generator_loss, linear_schedule, noise_error
+from kdrun.losses.score import diff_instruct_loss, generator_loss, noise_error
 from kdrun.objective._checks import require_nonnegative
 from kdrun.objective.base import Gather, Objective
+from kdrun.student.denoiser import NO_SCHEDULE, schedule_of
 from kdrun.types import Batch, Connectors, Context, Needs, Progress, Signal, Start, Term
 
 Variant = Literal["sid", "diff_instruct"]
@@ -65,8 +66,8 @@ class SFD(Objective):
         require_nonnegative(self, *(f"{name}_weight" for names in TERMS.values() for name in names))
         if self.override is not None:
             require_nonnegative(self, "override")
-        if not self.t_min < self.t_max <= len(linear_schedule()):
-            raise ValueError(f"t_max={self.t_max}: legal range ({self.t_min}, {len(linear_schedule())}]")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"t_max={self.t_max}: legal range ({self.t_min}, the network's steps]")
         if self.variant not in get_args(Variant):
             raise ValueError(f"variant={self.variant!r}: legal values {', '.join(get_args(Variant))}")
 
@@ -83,6 +84,8 @@ class SFD(Objective):
         if shapes[0] is None or shapes[0] != shapes[1]:
             remedy = "a pair such as teacher=denoiser_mlp student=generator_mlp, with the same sizes"
             found.append(Problem("the student is no generator around a network like the teacher", "student", "", remedy))
+        elif teacher is not None:
+            found += self._time_problems(student.denoiser, teacher)  # type: ignore[arg-type]
         if self.guidance != 1 and getattr(teacher, "null_label", None) is None:
             remedy = "teacher.null_label=true student.null_label=true, or objective.guidance=1"
             found.append(
@@ -94,6 +97,18 @@ class SFD(Objective):
             found.append(Problem(what, "source.exclude", "", f'source=labels "source.exclude=[{self.forget}]"'))
         return found
 
+    def _time_problems(self, student: nn.Module, teacher: nn.Module) -> list[Problem]:
+        """The two networks must mean the same noise by the same time, and the times drawn must be there."""
+        own, theirs = schedule_of(student), schedule_of(teacher)
+        if own is None or theirs is None:
+            return [NO_SCHEDULE]
+        if len(own) != len(theirs) or not torch.equal(own.abar, theirs.abar):
+            return [Problem("teacher and student have different noise schedules", "student.beta_schedule", "", "the teacher's")]
+        if self.t_max > len(own):
+            what = f"t_max={self.t_max}, and the noise schedule has {len(own)} steps"
+            return [Problem(what, "objective.t_max", "", f"legal range ({self.t_min}, {len(own)}]")]
+        return []
+
     def setup(self, context: Context) -> Connectors:
         """Raises `Refused` for a label that the data set does not have, and for one class, which leaves none to keep."""
         labels = {"forget": self.forget} | ({} if self.override is None else {"override": self.override})
@@ -102,7 +117,7 @@ class SFD(Objective):
         wrong = [Problem(f"there is no label {v}", f"objective.{k}", "", legal) for k, v in labels.items() if v > last]
         if wrong or not last:
             raise Refused(wrong or Problem("one class leaves none to keep", "objective.forget", "", "a data set of at least two classes"))
-        self._seed, self._others, self._schedule = context.seed, last, linear_schedule()
+        self._seed, self._others, self._device = context.seed, last, "cpu"
         return super().setup(context)
 
     def start(self, start: Start, connectors: Connectors) -> None:
@@ -111,9 +126,12 @@ class SFD(Objective):
         start.student.denoiser.load_state_dict(start.teacher.state_dict())  # type: ignore[union-attr]
         connectors["fake_score"] = copy.deepcopy(start.teacher).requires_grad_(True)
         self._teacher = start.teacher
+        schedule = schedule_of(start.teacher)
+        assert schedule is not None
+        self._schedule = schedule.to(self._device)
 
     def to(self, device: Any) -> None:
-        self._schedule = self._schedule.to(device)
+        self._device = device
 
     def units(self) -> tuple[str, ...]:
         return ("sample",)

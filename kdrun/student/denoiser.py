@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kdrun.errors import Problem, Refused
+from kdrun.losses.score import NoiseSchedule, linear_schedule
 
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+BETAS: Mapping[str, Any] = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}  # DDPM, Sec. 4
 SLOWEST = 1e4  # period of the slowest time feature, in steps over 2 pi: as in the Transformer and in DDPM
 
 
 class Denoiser(nn.Module):
-    """forward(x_t [B, ...], labels [B] int64, t [B] int64 counted from 0) -> predicted noise, shaped as x_t."""
+    """forward(x_t [B, ...], labels [B] int64, t [B] int64 counted from 0) -> predicted noise, shaped as x_t.
+
+    schedule: the forward process that its times count; whatever trains it or samples from it goes by this one.
+    """
 
     takes = ("labels", "t")
+    schedule: NoiseSchedule
 
     def __init__(self, num_classes: int, null_label: bool) -> None:
         super().__init__()
@@ -32,6 +39,17 @@ class Denoiser(nn.Module):
     def example(self, rows: int) -> dict[str, Tensor]:
         """Labels and times of the right kind, for tracing shapes."""
         return {name: torch.zeros(rows, dtype=torch.int64) for name in self.takes}
+
+
+NO_SCHEDULE = Problem(
+    "the network does not say what noise it was made for", "student", "", "an attribute `schedule`, a kdrun.losses.score.NoiseSchedule"
+)
+
+
+def schedule_of(network: nn.Module) -> NoiseSchedule | None:
+    """The forward process that a noise predictor's times count; None where it does not say."""
+    found = getattr(network, "schedule", None)
+    return found if isinstance(found, NoiseSchedule) else None
 
 
 class MLPDenoiser(Denoiser):
@@ -46,6 +64,7 @@ class MLPDenoiser(Denoiser):
         super().__init__(num_classes, null_label)
         if width < 1 or depth < 1 or features < 2 or features % 2:
             raise ValueError(f"width={width}, depth={depth}: at least 1; features={features}: even, at least 2")
+        self.schedule = linear_schedule()
         self.features = features
         self.embedding = nn.Embedding(self.labels, features)
         sizes = [in_features + 2 * features, *[width] * depth]
@@ -67,7 +86,8 @@ class UNetDenoiser(Denoiser):
     """Images [B, C, size, size]: the U-Net of DDPM, from diffusers.
 
     channels times `multipliers`: channels of each resolution, halved from `size` on; `blocks` residual blocks each; self-attention
-    where the resolution is `attention_at`. Defaults are DDPM's for CIFAR-10. Raises `Refused` where diffusers is missing.
+    where the resolution is `attention_at`. Defaults are DDPM's for CIFAR-10. scheduler: the forward process, diffusers'
+    `DDPMScheduler` with betas of the form `beta_schedule`. Raises `Refused` where diffusers is missing.
     """
 
     def __init__(
@@ -81,15 +101,22 @@ class UNetDenoiser(Denoiser):
         attention_at: int = 16,
         dropout: float = 0.1,
         null_label: bool = True,
+        beta_schedule: BetaSchedule = "linear",
     ) -> None:
         super().__init__(num_classes, null_label)
+        if beta_schedule not in get_args(BetaSchedule):
+            raise ValueError(f"beta_schedule={beta_schedule!r}: legal values {', '.join(get_args(BetaSchedule))}")
         try:
-            from diffusers import UNet2DModel
+            from diffusers import DDPMScheduler, UNet2DModel
         except ImportError as error:
             remedy = 'pip install "kdrun[diffusion]"'
             raise Refused(Problem("a U-Net needs the package diffusers, which is not installed", remedy=remedy)) from error
+        process: Any = DDPMScheduler  # the types of both are those of stand-ins for where torch is missing
+        factory: Any = UNet2DModel
+        with torch.device("cpu"):  # also where the network is built without content: its numbers are read
+            self.scheduler = process(beta_schedule=beta_schedule, clip_sample=False, **BETAS)
+        self.schedule = NoiseSchedule(self.scheduler.alphas_cumprod.double())
         attends = [size >> level == attention_at for level in range(len(multipliers))]
-        factory: Any = UNet2DModel  # its type is that of a stand-in for where torch is missing
         self.unet = factory(
             sample_size=size,
             in_channels=in_channels,

@@ -1,4 +1,4 @@
-"""Samples from a noise predictor: in one network call, as a network of its own that can be trained, or by DDIM in many.
+"""Samples from a noise predictor: in one network call, as a network of its own that can be trained, or in many by a solver.
 
     x = x_init / a - sigma eps(x_init, c, t_init),   x_init = b z,  z ~ N(0, I),  sigma = b / a
 
@@ -8,13 +8,15 @@ fixed step t_init of pure noise, without a signal part. t_init 440 has sigma 2.5
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kdrun.losses.score import NoiseSchedule, linear_schedule
+from kdrun.losses.score import NoiseSchedule
 from kdrun.student.denoiser import Denoiser, MLPDenoiser, UNetDenoiser
+
+Solver = Literal["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]  # of diffusers, those that draw nothing
 
 
 class OneStepGenerator(nn.Module):
@@ -24,7 +26,7 @@ class OneStepGenerator(nn.Module):
 
     def __init__(self, denoiser: Denoiser, t_init: int = 440) -> None:
         super().__init__()
-        schedule = linear_schedule()
+        schedule = denoiser.schedule
         if not 0 <= t_init < len(schedule):
             raise ValueError(f"t_init={t_init}: legal range [0, {len(schedule)})")
         self.denoiser = denoiser
@@ -49,6 +51,22 @@ def one_step_mlp(num_classes: int, in_features: int, t_init: int = 440, **denois
 def one_step_unet(num_classes: int, in_channels: int, t_init: int = 440, **denoiser: Any) -> nn.Module:
     """A one-step generator of images around a `UNetDenoiser`, which takes the other arguments."""
     return OneStepGenerator(UNetDenoiser(num_classes, in_channels, **denoiser), t_init)
+
+
+def solve(denoiser: UNetDenoiser, solver: Solver, z: Tensor, labels: Tensor, calls: int) -> Tensor:
+    """Deterministic samples in `calls` network calls by one of diffusers' solvers, with the network's own forward process.
+
+    Steps end at the noisiest one ("trailing"), and samples are not clipped. z [B, ...] standard normal, labels [B] -> [B, ...].
+    """
+    import diffusers
+
+    scheduler = getattr(diffusers, solver).from_config(denoiser.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(calls, device=z.device)
+    x = z * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        eps = denoiser(scheduler.scale_model_input(x, t), labels=labels, t=t.expand(len(z)))
+        x = scheduler.step(eps, t, x, return_dict=False)[0]
+    return x
 
 
 def ddim(denoiser: nn.Module, schedule: NoiseSchedule, z: Tensor, labels: Tensor, calls: int) -> Tensor:

@@ -124,6 +124,8 @@ def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         sampler(classifier={"_target_": "kdrun.student.mlp.mlp", "hidden": []})
     with pytest.raises(Refused, match="switched off"):
         sampler(fid=False)
+    with pytest.raises(Refused, match=r"evaluation\.solver"):
+        sampler(solver="DDIM")
     with pytest.raises(Refused, match="there is no label 3"):
         sampler(forget=3).measure(Painter(), (), world(), CPU)
     with pytest.raises(Refused, match="no conditional sampler"):

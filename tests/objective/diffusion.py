@@ -24,6 +24,7 @@ class GaussianScore(nn.Module):
     """The exact noise prediction of class-conditional Gaussians N(mean_c, spread_c^2) on the line: b (x - a m) / (a^2 s^2 + b^2)."""
 
     takes = ("labels", "t")
+    schedule = SCHEDULE
 
     def __init__(self, mean: list[float], spread: list[float]) -> None:
         super().__init__()

@@ -18,6 +18,8 @@ STEP = Progress(step=3, total_steps=10, steps_per_epoch=10)
 def made(**values: float) -> Denoise:
     objective = Denoise(**values)
     objective.setup(Context(ModelSpec(2, (2,)), None, CLASSES, torch.zeros(ROWS), 7, 10, 10))
+    network = MLPDenoiser(CLASSES, 2, null_label=True)
+    objective.start(Start(network, None, lambda: iter(())), nn.ModuleDict())
     return objective
 
 

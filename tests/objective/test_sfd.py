@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrun.errors import Refused
+from kdrun.losses.score import linear_schedule
 from kdrun.objective.sfd import FAKE, SFD, STUDENT
 from kdrun.student.denoiser import MLPDenoiser
 from kdrun.student.generator import OneStepGenerator
@@ -55,10 +56,21 @@ def test_labels_that_there_are_not_are_refused_at_once() -> None:
         SFD(override=None).setup(Context(spec, spec, 1, torch.zeros(1), 0, 1, 1))
 
 
-@pytest.mark.parametrize("values", [{"t_min": 712}, {"t_max": 1001}, {"variant": "dmd"}])
+@pytest.mark.parametrize("values", [{"t_min": 712}, {"variant": "dmd"}])
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="legal"):
         SFD(**values)
+
+
+def test_networks_that_mean_other_noise_by_a_time_are_refused() -> None:
+    student, teacher = OneStepGenerator(MLPDenoiser(CLASSES, 2)), MLPDenoiser(CLASSES, 2)
+    tree = {"source": {"exclude": [0]}}
+    assert not SFD().problems(tree, student, teacher)
+    assert [p.key for p in SFD(t_max=1001).problems(tree, student, teacher)] == ["objective.t_max"]
+    teacher.schedule = linear_schedule(last=0.03)
+    assert [p.key for p in SFD().problems(tree, student, teacher)] == ["student.beta_schedule"]
+    teacher.schedule = None  # type: ignore[assignment]
+    assert ["schedule" in p.remedy for p in SFD().problems(tree, student, teacher)] == [True]
 
 
 # -- what is drawn --------------------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def test_the_fake_score_learns_the_noise_of_the_generators_own_samples() -> None
         """eps = slope x + offset for each of a few steps and each label: the family that holds the optimum."""
 
         takes = ("labels", "t")
+        schedule = SCHEDULE
 
         def __init__(self) -> None:
             super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from kdrun.errors import Refused
 from kdrun.losses.score import linear_schedule
 from kdrun.student.build import build
 from kdrun.student.denoiser import MLPDenoiser, UNetDenoiser, time_features
-from kdrun.student.generator import OneStepGenerator, ddim, one_step_mlp, one_step_unet
+from kdrun.student.generator import OneStepGenerator, Solver, ddim, one_step_mlp, one_step_unet, solve
 from kdrun.student.taps import model_spec
 from kdrun.student.weights import save_student
 from tests.student.composed import node
@@ -115,6 +115,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class Zero(nn.Module):
     takes = ("labels", "t")
+    schedule = linear_schedule()
 
     def forward(self, x: Tensor, labels: Tensor, t: Tensor) -> Tensor:
         self.seen = x, labels, t
@@ -178,6 +179,56 @@ def test_generator_and_denoiser_of_one_size_share_their_weights() -> None:
     pytest.importorskip("diffusers")
     generator, denoiser = one_step_unet(4, 3, **SMALL_UNET), UNetDenoiser(4, 3, **SMALL_UNET)
     generator.denoiser.load_state_dict(denoiser.state_dict())
+
+
+# -- the forward process of images, and solvers of diffusers --------------------------------------------------------------
+
+
+def test_the_forward_process_of_images_is_that_of_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    network = UNetDenoiser(4, 3, **SMALL_UNET)
+    torch.testing.assert_close(network.schedule.abar, linear_schedule().abar, rtol=2e-6, atol=0)
+    cosine = UNetDenoiser(4, 3, beta_schedule="squaredcos_cap_v2", **SMALL_UNET).schedule
+    assert len(cosine) == 1000
+    assert cosine.abar[500] > 2 * network.schedule.abar[500]  # the cosine schedule keeps more of the signal in the middle
+    with torch.device("meta"):
+        assert UNetDenoiser(4, 3, **SMALL_UNET).schedule.sigma(440) == pytest.approx(2.5023, abs=1e-4)
+    with pytest.raises(ValueError, match="beta_schedule='cosine': legal values linear"):
+        UNetDenoiser(4, 3, beta_schedule="cosine", **SMALL_UNET)  # type: ignore[arg-type]
+
+
+class ExactScore(nn.Module):
+    """The noise of x0 ~ N(0.7, 0.3^2), and diffusers' forward process."""
+
+    takes = ("labels", "t")
+
+    def __init__(self) -> None:
+        super().__init__()
+        diffusers = pytest.importorskip("diffusers")
+        self.scheduler = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+        self.calls = 0
+
+    def forward(self, x: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        a, b = linear_schedule().scales(t, x)
+        return b * (x - a * 0.7) / (a**2 * 0.3**2 + b**2)
+
+
+@pytest.mark.parametrize("solver", get_args(Solver))
+def test_every_solver_finds_the_density_of_an_exact_score(solver: Solver) -> None:
+    network = ExactScore()
+    z = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    samples = solve(network, solver, z, torch.zeros(20_000, dtype=torch.int64), 200)  # type: ignore[arg-type]
+    assert network.calls == 200
+    assert abs(float(samples.mean()) - 0.7) < 0.02
+    assert abs(float(samples.std()) - 0.3) < 0.02
+
+
+def test_the_solver_ddim_is_ours() -> None:
+    network, z = ExactScore(), torch.randn(50, 1, generator=torch.Generator().manual_seed(2))
+    labels = torch.zeros(50, dtype=torch.int64)
+    theirs = solve(network, "DDIMScheduler", z, labels, 40)  # type: ignore[arg-type]
+    torch.testing.assert_close(theirs, ddim(network, linear_schedule(), z, labels, 40), rtol=1e-4, atol=1e-4)
 
 
 # -- DDIM -----------------------------------------------------------------------------------------------------------------
