@@ -37,7 +37,7 @@ from kdrun.plan.exchange import Share, average, precision_and_recall, size
 from kdrun.plan.federation import Exchange, Outcome, Quiet
 from kdrun.plan.peers import Peers, ranks_of
 from kdrun.source import federated as source
-from kdrun.source.features import timm_features
+from kdrun.source.features import PCA_NAME, principal_components, timm_features
 from kdrun.source.partition import by_class, contributed, dirichlet, holders, unlabelled
 from kdrun.student.build import build as build_network
 
@@ -64,10 +64,20 @@ class Federated(Plan):
     ridge: float = 0.1
     extractor: str | None = None
     extractor_pretrained: bool = True
+    components: int = 50
     students: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("clients", "rounds", "local_steps", "classes_per_client", "centroids_per_class", "auxiliary", "proxy_per_round"):
+        for name in (
+            "clients",
+            "rounds",
+            "local_steps",
+            "classes_per_client",
+            "centroids_per_class",
+            "auxiliary",
+            "proxy_per_round",
+            "components",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: legal range [1, inf)")
         if self.distill_steps < 0:
@@ -107,7 +117,7 @@ class Federated(Plan):
         if tree["optim"]["epochs"] != self.rounds or tree["optim"].get("steps"):
             what = f"a round is an epoch, and {self.rounds} rounds are planned"
             found.append(Problem(what, "optim.epochs", "", f"optim.epochs={self.rounds} optim.steps=null"))
-        if self.extractor and len(data.input_shape) != 3:
+        if self.extractor not in (None, PCA_NAME) and len(data.input_shape) != 3:
             found.append(Problem(f"{data.name} has no images", "plan.extractor", "", "plan.extractor=null"))
         if data.whole:
             found.append(Problem(f"{data.name} is one graph and cannot be shared out", "dataset", "", "a data set of single samples"))
@@ -220,6 +230,8 @@ class Federated(Plan):
     def _extractor(self, data: Data, device: torch.device) -> Extract:
         if self.extractor is None:
             return lambda inputs: inputs
+        if self.extractor == PCA_NAME:
+            return principal_components(points(data, source.PROXY, lambda inputs: inputs, device), self.components)
         return timm_features(self.extractor, self.extractor_pretrained, data.mean, data.std, device, "plan.extractor")
 
     # -- carrying it out ------------------------------------------------------------------------------------------

@@ -1,14 +1,27 @@
-"""Features of a fixed pretrained network, for data whose pixels tell little of density."""
+"""Features for data whose pixels tell little of density: of a fixed pretrained network, or principal components."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdrun.errors import Problem, Refused, did_you_mean
+
+PCA_NAME = "pca"  # where the name of a network could stand
+
+
+def principal_components(rows: NDArray[np.float64], count: int) -> Callable[[Tensor], Tensor]:
+    """Inputs [B, ...] -> float64 [B, K], their projections on the first `count` principal components of `rows` [N, D] (fewer where there
+    are fewer), in the scale of the inputs."""
+    from sklearn.decomposition import PCA
+
+    found = PCA(min(count, *rows.shape), svd_solver="full").fit(rows)
+    return lambda inputs: torch.from_numpy(found.transform(inputs.flatten(1).double().cpu().numpy()))
 
 
 def timm_features(

@@ -291,6 +291,20 @@ def test_filters_of_every_kind_speak_as_they_should(estimator: str, precision: f
     assert all(row["speaks_of"] >= row["given"] for row in summary["clients"])  # one's own always
 
 
+def test_a_filter_on_all_principal_components_is_that_on_the_inputs(unbroken: Path, tmp_path: Path) -> None:
+    """As many components as inputs are a rotation, which no distance sees; one component is another filter."""
+
+    def mask(folder: Path) -> torch.Tensor:
+        kept = state.newest(folder / "kept" / "filter")
+        assert kept is not None
+        return kept[1]["mask"]
+
+    for components in (4, 1):
+        run([*FEDERATION, "plan.extractor=pca", f"plan.components={components}", "run.dry=true"], tmp_path / str(components))
+    assert torch.equal(mask(tmp_path / "4"), mask(unbroken))
+    assert not torch.equal(mask(tmp_path / "1"), mask(unbroken))
+
+
 def test_a_subset_of_the_proxy_samples_is_the_same_for_all_and_another_in_every_round(tmp_path: Path) -> None:
     run([*FEDERATION, "plan.estimator=none", "plan.proxy_per_round=5"], tmp_path / "run")
     chosen = [tuple(e["ids"].tolist()) for e in exchanges(tmp_path / "run")]
@@ -349,6 +363,7 @@ def test_a_dry_run_takes_two_steps_of_every_client(tmp_path: Path) -> None:
         (["plan.extractor=resnet18"], "plan.extractor", "plan.extractor=null"),
         (["plan.start_from=elsewhere"], "plan.students", "plan.students=[]"),
         (["plan.ridge=0"], "plan.ridge", "(0, inf)"),
+        (["plan.components=0"], "plan.components", "[1, inf)"),
         (["evaluation.patience=2"], "evaluation.patience", "evaluation.patience=null"),
         ([*RANKS, "hardware.procs=5"], "hardware.procs", "hardware.procs=4 at most"),
         ([*RANKS, "hardware.procs=2", "hardware.wrap=fsdp2"], "hardware.wrap", "hardware.wrap=ddp"),
