@@ -31,11 +31,20 @@ class Batch(NamedTuple):
         return Batch(move(self.inputs), move(self.targets), move(self.ids), move(self.view), {k: move(v) for k, v in self.extra.items()})
 
 
+class Kept(NamedTuple):
+    """The K likeliest of C classes (or of V tokens) of every row, at the objective's temperature, and all others as one."""
+
+    ids: Tensor  # [..., K] int64, distinct
+    log_probs: Tensor  # [..., K]
+    log_rest: Tensor  # [...] of all other ids together
+
+
 class Signal(NamedTuple):
     """What the teacher says of one micro-batch. Fields that were not asked for are None or empty."""
 
     logits: Tensor | None  # [B, C], or [B, C, H, W] of pixels; a network that does not classify says another tensor [B, ...]
     taps: dict[str, Tensor]  # by tap name, [B, ...]
+    kept: Kept | None = None  # in place of the logits, where only the largest were kept
 
 
 class Output(NamedTuple):
@@ -106,7 +115,7 @@ class Start:
     """What an objective may look at before step 0, when the teacher's weights are there."""
 
     student: nn.Module  # the bare student
-    teacher: nn.Module | None  # the bare live teacher, frozen
+    teacher: nn.Module | None  # the bare teacher, frozen; one that follows the student is changed in place after every step
     rows: Callable[[], Iterator[tuple[Batch, Signal]]]  # the training rows in order, not augmented, with the teacher's signal
 
 
@@ -145,14 +154,22 @@ class Source(Stateful, Protocol):
 class Writes(Protocol):
     """A source whose batches are written by the networks themselves."""
 
-    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """The bare networks, before the first step."""
+    def attach(self, student: nn.Module, teacher: nn.Module | None, total_steps: int = 0, autocast: torch.dtype | None = None) -> None:
+        """The bare networks, the steps of the stage and the precision in which it computes, before the first step."""
 
     def report(self) -> dict[str, float]:
         """What this rank has written in this process: sums, none of which depends on the clock."""
 
     def seconds(self) -> float:
         """What that has taken."""
+
+
+@runtime_checkable
+class Hears(Protocol):
+    """A source that is steered by the student's own validation."""
+
+    def hear(self, metrics: Mapping[str, float]) -> None:
+        """What was measured on the validation split, before the first step and at every evaluation; the same on all ranks."""
 
 
 class Teacher(Stateful, Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from kdrun.cli import doctor, evaluate, ledger, listing, plan, resume, show, train
+from kdrun.cli import bench, cache, doctor, evaluate, ledger, listing, plan, resume, show, train
 
 app = typer.Typer(
     name="kdrun",
@@ -21,6 +21,8 @@ app.command("ls")(listing.ls)
 app.command("show")(show.show)
 app.command("plan")(plan.plan)
 app.command("ledger")(ledger.ledger)
+app.add_typer(cache.app, name="cache")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

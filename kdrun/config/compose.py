@@ -52,6 +52,10 @@ class Composed:
     def hash(self) -> str:
         """Identifies the experiment: equal for equal settings, however they were written or ordered."""
         semantic = {k: v for k, v in self.tree.items() if k not in NOT_SEMANTIC}
+        cache = semantic.pop("cache", None) or {}
+        if cache.get("format"):  # rounds what the teacher says; where it lies and how large it may be changes nothing
+            semantic["cache"] = {key: cache[key] for key in ("format", "dtype", "k")}
+        semantic["teacher"] = {k: v for k, v in semantic["teacher"].items() if k != "placement"}
         semantic["dataset"] = {k: v for k, v in semantic["dataset"].items() if k not in LOCATION}
         return hashlib.sha256(json.dumps(semantic, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdrun.errors import Problem, Refused
 
-GROUPS = ("teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware")
+GROUPS = ("teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache")
 
 
 def home() -> Path:

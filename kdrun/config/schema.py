@@ -82,6 +82,17 @@ class Hardware:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What is kept of a live teacher (`kdrun.cache`)."""
+
+    format: Literal["dense", "int8", "topk"] | None = None
+    dtype: Literal["fp16", "fp32"] = "fp16"
+    k: int = 100
+    limit_gb: float = 50.0
+    path: str | None = None
+
+
+@dataclass(frozen=True)
 class Claim:
     metric: str = "top1"
     value: float = 0.0
@@ -106,6 +117,7 @@ class TeacherKeys:
     speaks: Literal["classes", "tensor"] = "classes"
     decay: float = 0.999  # kind ema: of the moving average of the student
     corrupt: float = 0.0  # so many of the training samples get what the teacher says of another one
+    placement: str = "same"  # of its weights: the student's device, or another one
     prompt: Literal["own", "privileged"] = "own"  # privileged: it reads the prompts that the data set has for it
     extra: str | None = None  # kind truth: the row of Batch.extra that speaks
     checkpoint: str | None = None
@@ -159,6 +171,7 @@ class Top:
     plan: dict[str, Any] = field(default_factory=dict)
     optim: Optim = Optim()
     hardware: Hardware = Hardware()
+    cache: Cache = Cache()
     teacher: dict[str, Any] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -169,4 +182,4 @@ class Top:
 
 STUDENT_KEYS = {f.name for f in fields(StudentKeys)}
 TEACHER_KEYS = {f.name for f in fields(TeacherKeys)}
-FIXED = {"run": Run, "optim": Optim, "hardware": Hardware}
+FIXED = {"run": Run, "optim": Optim, "hardware": Hardware, "cache": Cache}

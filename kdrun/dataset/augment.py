@@ -50,11 +50,15 @@ class PadCropFlip:
     padding: int = 0  # pixels on every side
     flip: float = 0.0  # probability
 
+    @property
+    def random(self) -> bool:
+        return bool(self.padding or self.flip)
+
     def sample(self, image: Any, key: int | None) -> Any:
         return image
 
     def batch(self, inputs: Tensor, request: Request) -> Tensor:
-        if request.augment and (self.padding or self.flip):
+        if request.augment and self.random:
             corner, mirrored = (d.to(inputs.device, non_blocking=True) for d in self.draws(request))
             inputs = crop_flip(inputs, corner, mirrored, self.padding)
         return self.normalise(inputs)

@@ -11,7 +11,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Request(NamedTuple):
 
 
 class Transform(Protocol):
-    """How a stored row becomes what the models see. Its repr names all its settings and enters the fingerprint."""
+    """How a stored row becomes what the models see. Its repr names all its settings and enters the fingerprint. One that draws nothing
+    says so by `random = False`."""
 
     def sample(self, image: Any, key: int | None) -> Any:
         """The part done image by image, in the workers; `key` None is the evaluation transform."""
@@ -57,6 +58,8 @@ class Storage(Protocol):
 @dataclass(frozen=True)
 class Identity:
     """Rows that are stored as the models see them: standardised vectors."""
+
+    random: ClassVar[bool] = False
 
     def sample(self, image: Any, key: int | None) -> Any:
         return image
@@ -181,12 +184,15 @@ class Data:
     vocabulary: Vocabulary | None = None  # of text: its classes are tokens
     reward: Callable[[list[int], list[int]], float] | None = None  # how good a completion is: (reference tokens, written tokens)
     oracle: Callable[[list[int], list[int]], float] | None = None  # the same where no reference is needed: (prompt, written tokens)
+    translated: Data | None = None  # of text: the same rows in the tokens of a teacher with a tokenizer of its own
     fingerprint: str = field(init=False)  # of the ordered ids, targets, content, transforms and vocabulary
 
     def __post_init__(self) -> None:
         found = fingerprint(self.splits)
         if self.vocabulary is not None:
             found = hashlib.sha256(f"{found} {self.vocabulary.digest}".encode()).hexdigest()
+        if self.translated is not None:
+            found = hashlib.sha256(f"{found} {self.translated.fingerprint}".encode()).hexdigest()
         object.__setattr__(self, "fingerprint", found)
 
     @property
@@ -250,6 +256,8 @@ def taken(split: Split, positions: Tensor) -> Split:
     extra = {name: rows[positions] for name, rows in split.extra.items()}
     theirs = getattr(split, "privileged", None)  # of text: the same rows once more
     more: dict[str, Any] = {} if theirs is None else {"privileged": Taken(theirs, positions)}
+    if beside := getattr(split, "beside", None):
+        more["beside"] = {name: Taken(storage, positions) for name, storage in beside.items()}
     storage = Taken(split.storage, positions)
     return replace(split, storage=storage, targets=split.targets[positions], ids=split.ids[positions], extra=extra, **more)
 
@@ -268,4 +276,7 @@ def fingerprint(splits: Mapping[str, Split]) -> str:
         split.storage.digest(total)
         if getattr(split, "privileged", None) is not None:
             split.privileged.digest(total)  # type: ignore[attr-defined]
+        for other, storage in sorted(getattr(split, "beside", {}).items()):
+            total.update(f"beside {other}".encode())
+            storage.digest(total)
     return total.hexdigest()

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from kdrun.errors import Problem, Refused, did_you_mean
 
-Format = Literal["auto", "parquet", "imagefolder", "csv", "jsonl", "disk", "npz"]
-SUFFIXES: Mapping[str, tuple[str, ...]] = {"parquet": (".parquet",), "csv": (".csv",), "jsonl": (".jsonl", ".json"), "npz": (".npz",)}
+Format = Literal["auto", "parquet", "imagefolder", "csv", "jsonl", "txt", "disk", "npz"]
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "parquet": (".parquet",),
+    "csv": (".csv", ".csv.gz"),
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    "npz": (".npz",),
+}
+LINES = (".txt", ".txt.gz")  # a row is a line
+LOADERS = {"jsonl": "json", "txt": "text"}  # what the library calls them
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -60,6 +67,7 @@ class Files:
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})  # ours -> theirs
     columns: Sequence[str] = ()  # for messages: the columns that are wanted
     access: str | None = None  # for messages: what the hub asks for before it gives the data
+    lines: bool = False  # whether lines of plain text are rows: elsewhere a note may lie beside anything
 
     def open(self) -> dict[str, Table]:
         """The tables by split name.
@@ -105,18 +113,18 @@ class Files:
         names = {f.name for f in files}
         if "dataset_dict.json" in names or "state.json" in names:
             return "disk"
-        for form, suffixes in SUFFIXES.items():
-            if any(f.suffix.lower() in suffixes for f in files):
+        for form, suffixes in {**SUFFIXES, "imagefolder": IMAGE_SUFFIXES}.items():
+            if any(_ends(f, suffixes) for f in files):
                 return form
-        if any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
-            return "imagefolder"
+        if self.lines and any(_ends(f, LINES) for f in files):
+            return "txt"
         raise Refused(Problem("nothing readable lies here", "dataset.path", str(path), self._how_to_get()))
 
     def _open_files(self, path: Path, below: Sequence[Path], form: str) -> dict[str, Table]:
         from datasets import load_dataset
 
-        suffixes = SUFFIXES.get(form, IMAGE_SUFFIXES)
-        files = [f for f in below if f.suffix.lower() in suffixes]
+        suffixes = {**SUFFIXES, "txt": LINES}.get(form, IMAGE_SUFFIXES)
+        files = [f for f in below if _ends(f, suffixes)]
         by_folder = form == "imagefolder"
         chosen = {ours: [f for f in files if _belongs(f.relative_to(path), theirs, by_folder)] for ours, theirs in self.splits.items()}
         there = [self.splits[ours] for ours, some in chosen.items() if some]
@@ -125,7 +133,7 @@ class Files:
         patterns = {ours: [str(f) for f in some] for ours, some in chosen.items()}
         if by_folder:
             patterns = {ours: [str(path / theirs / "**")] for ours, theirs in self.splits.items()}
-        found = load_dataset("json" if form == "jsonl" else form, data_files=patterns)
+        found = load_dataset(LOADERS.get(form, form), data_files=patterns)
         return {ours: Table(found[ours], f"{path} ({self.splits[ours]})", tuple(chosen[ours])) for ours in self.splits}
 
     def _open_disk(self, path: Path) -> dict[str, Table]:
@@ -223,6 +231,11 @@ def _belongs(file: Path, split: str, by_folder_only: bool) -> bool:
     if by_folder_only:
         return len(file.parts) > 1 and file.parts[0] == split
     return split in file.parts[:-1] or re.match(rf"{re.escape(split)}([-_.]|$)", file.stem) is not None
+
+
+def _ends(file: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file's name ends so: packed files have two suffixes."""
+    return file.name.lower().endswith(tuple(suffixes))
 
 
 def _split_names(files: Iterable[Path], root: Path, known: str) -> set[str]:

@@ -55,13 +55,17 @@ class ScaleCropFlip:
     scale: tuple[float, float] = (1.0, 1.0)  # uniform between these
     flip: float = 0.0  # probability
 
+    @property
+    def random(self) -> bool:
+        return bool(self.crop is not None or self.flip or self.scale != (1.0, 1.0))
+
     def sample(self, image: Any, key: int | None) -> Any:
         return image
 
     def batch(self, inputs: Tensor, request: Request) -> Tensor:
         """Stored uint8 [B, C + 1, H, W] to float32 [B, C + 1, h, w]: the image normalised, the mask as it is."""
         images, masks = self.normalise(inputs[:, :-1]), inputs[:, -1:].to(torch.float32)
-        if request.augment and (self.crop is not None or self.flip or self.scale != (1.0, 1.0)):
+        if request.augment and self.random:
             grid = self.grid(request, inputs.shape[2], inputs.shape[3]).to(inputs.device, non_blocking=True)
             inside = (grid.abs() <= 1).all(-1)[:, None]
             images = F.grid_sample(images, grid, "bilinear", "border", align_corners=False) * inside

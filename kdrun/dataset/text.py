@@ -1,14 +1,15 @@
-"""Texts out of files, as token sequences: plain text, prompts with completions, conversations; jsonl, parquet, csv or the hub.
+"""Texts out of files, as token sequences: plain text, prompts with completions, conversations, preferences; jsonl, parquet, csv, the hub.
 
-One tokenizer serves teacher and student, and with a chat template both read the very same ids. What is learned is the completion (of a
-conversation: what the assistant says), or everything where `score` says so. Whole texts are cut into pieces, conversations never are.
+One tokenizer serves teacher and student, and with a chat template both read the very same ids; or `teacher_tokenizer` reads every row once
+more. What is learned is the completion (of a conversation: what the assistant says; of a pair: what was chosen), or everything where
+`score` says so. Whole texts are cut into pieces, conversations never are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,9 @@ from torch import Tensor
 from kdrun.dataset.base import Data, Storage
 from kdrun.dataset.files import Files, Format, Table
 from kdrun.dataset.rewards import reward_named
+from kdrun.dataset.samples import Reader, Template, beside, matched_ids
 from kdrun.dataset.select import select
-from kdrun.dataset.tokens import Ragged, RandomTokens, Sample, TokenSplit, packed
+from kdrun.dataset.tokens import MATCHED, REJECTED, TEACHER, Ragged, RandomTokens, Sample, TokenSplit, packed
 from kdrun.dataset.vocabulary import Tokenized
 from kdrun.errors import Problem, Refused
 
@@ -28,6 +30,9 @@ USUAL: Mapping[str, tuple[str, ...]] = {  # by what a row is: the columns that s
     "completion": ("completion", "response", "answer", "output", "target"),
     "prompt": ("prompt", "question", "instruction", "input", "source"),
     "text": ("text", "content"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "reasoning": ("reasoning", "thinking", "trace"),
 }
 Long = Literal["refuse", "drop", "cut"]
 
@@ -44,14 +49,16 @@ class TextData:
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     columns: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
+    teacher_tokenizer: str | None = None
     trust_remote_code: bool = False
-    template: bool | Literal["auto"] = "auto"
+    template: Template = "auto"
     score: Literal["completion", "all"] = "completion"
     separator: str = "\n"
     max_length: int = 1024
     too_long: Long = "refuse"
     pack: bool = False
     privileged: str | None = None
+    trace: str | None = "<think>\n{reasoning}\n</think>\n{completion}"
     reward: str | None = None
     test_share: float = 0.1
     validation: float = 0.0
@@ -64,6 +71,13 @@ class TextData:
     def __post_init__(self) -> None:
         if self.privileged is not None and (self.pack or "{completion}" not in self.privileged):
             raise ValueError(f"privileged={self.privileged!r}: a text with {{prompt}} and {{completion}}, of rows that are not packed")
+        if self.trace is not None and not all(word in self.trace for word in ("{reasoning}", "{completion}")):
+            raise ValueError(f"trace={self.trace!r}: a text with {{reasoning}} and {{completion}}, or null")
+        if self.teacher_tokenizer is not None:
+            legal = {"pack": (False, "false"), "score": ("completion", "completion"), "privileged": (None, "null")}
+            for key, (value, written) in legal.items():
+                if getattr(self, key) != value:
+                    raise ValueError(f"{key}={getattr(self, key)}: {written} beside a teacher_tokenizer, which reads single completions")
         if self.max_length < 2:
             raise ValueError(f"max_length={self.max_length}: legal range [2, inf)")
         for key in ("test_share", "validation"):
@@ -80,38 +94,67 @@ class TextData:
     def load(self) -> Data:
         """Read, tokenise, cut. Raises `Refused` for files, columns, a tokenizer or texts that cannot be used."""
         judge = None if self.reward is None else reward_named(self.reward)
-        vocabulary = Tokenized(self._tokenizer())
+        readers = self._readers()
         tables = self._open()
-        made = {name: self._rows(table, vocabulary, name) for name, table in tables.items()}
+        made = {name: self._rows(table, readers, name) for name, table in tables.items()}
         if "test" not in made:
             made["train"], made["test"] = self._carved(made["train"])
         targets = {name: torch.zeros(len(rows), dtype=torch.int64) for name, rows in made.items()}
         chosen = select(targets, self.validation, self.subset, self.subset_test)
-        splits = {}
-        for name, part in chosen.items():
-            rows = [made[part.table][i] for i in part.rows.tolist()]
-            packs = list(packed(rows, self.max_length)) if self.pack and name == "train" else [[row] for row in rows]
-            ids = part.ids[: len(packs)]  # a packed row has the id of the first of as many texts
-            aided = None if self.privileged is None else Ragged.of([[_aided(row)] for row in rows], vocabulary.pad)
-            splits[name] = TokenSplit.of(Ragged.of(packs, vocabulary.pad), ids, aided)
+        kept = {name: ([made[part.table][i] for i in part.rows.tolist()], part.ids) for name, part in chosen.items()}
+        vocabularies, total = [reader.vocabulary for reader in readers], sum(map(len, made.values()))
+        splits = {name: self._split(*part, vocabularies, name) for name, part in kept.items()}
+        translated = None
+        if len(vocabularies) > 1:
+            matched = torch.tensor(matched_ids(vocabularies[0], vocabularies[1])).view(-1, 2)
+            theirs = {name: TokenSplit.of(split.beside[TEACHER], split.ids) for name, split in splits.items()}
+            translated = self._data(theirs, vocabularies[1], total, judge)
+            splits = {name: replace(split, constants={MATCHED: matched}) for name, split in splits.items()}
+        return self._data(splits, vocabularies[0], total, judge, translated)
+
+    def _data(
+        self,
+        splits: Mapping[str, TokenSplit],
+        vocabulary: Tokenized,
+        total: int,
+        judge: Callable[[str, str], float] | None,
+        translated: Data | None = None,
+    ) -> Data:
         # Padded rows of a matrix are no tokens, so the classes are the tokenizer's own.
         names = tuple(vocabulary.tokenizer.convert_ids_to_tokens(list(range(vocabulary.size))))
-        total = sum(map(len, made.values()))
         reward = None if judge is None else lambda right, written: judge(vocabulary.text(right), vocabulary.text(written))
-        return Data(self.name, names, (self.max_length - 1,), (), (), splits, total, vocabulary=vocabulary, reward=reward)
+        shape = (self.max_length - 1,)
+        return Data(self.name, names, shape, (), (), splits, total, vocabulary=vocabulary, reward=reward, translated=translated)
+
+    def _split(self, rows: list[Sample], ids: Tensor, vocabularies: Sequence[Tokenized], name: str) -> TokenSplit:
+        pads = {TEACHER: vocabularies[-1].pad, REJECTED: vocabularies[0].pad}
+        packs = list(packed(rows, self.max_length)) if self.pack and name == "train" else [[row] for row in rows]
+        aided = None if self.privileged is None else Ragged.of([[row.aided] for row in rows if row.aided], vocabularies[0].pad)
+        others = {key: Ragged.of([[row.beside[key]] for row in rows if row.beside], pads[key]) for key in rows[0].beside or ()}
+        # A packed row has the id of the first of as many texts.
+        return replace(TokenSplit.of(Ragged.of(packs, vocabularies[0].pad), ids[: len(packs)], aided), beside=others)
 
     # -- files and tokenizer ------------------------------------------------------------------------------------------
 
     def _open(self) -> dict[str, Table]:
         single = self.path is not None and Path(self.path).expanduser().is_file()
         splits = {"train": Path(str(self.path)).name.split(".")[0]} if single else dict(self.splits)
-        files = Files(self.path, self.hub, self.revision, self.format, splits, tuple(self.columns.values()))
+        files = Files(self.path, self.hub, self.revision, self.format, splits, tuple(self.columns.values()), lines=True)
         return files.open()
 
-    def _tokenizer(self) -> Any:
+    def _readers(self) -> tuple[Reader, ...]:
+        """Of the student's tokenizer, and of the teacher's where it has one of its own. Raises `Refused` for one that cannot be had."""
         if self.tokenizer is None:
             remedy = "dataset.tokenizer=<hub name or folder of the model>"
             raise Refused(Problem("text needs a tokenizer, and none is named", "dataset.tokenizer", "", remedy))
+        named = {"dataset.tokenizer": self.tokenizer, "dataset.teacher_tokenizer": self.teacher_tokenizer}
+        return tuple(
+            Reader(Tokenized(self._opened(name, key)), self.template, self.separator, self.teacher_tokenizer is not None, key)
+            for key, name in named.items()
+            if name is not None
+        )
+
+    def _opened(self, name: str, key: str) -> Any:
         try:
             from transformers import AutoTokenizer
         except ModuleNotFoundError as error:
@@ -119,12 +162,12 @@ class TextData:
                 Problem("text needs the package transformers, which is not installed", "dataset", "", 'pip install "kdrun[text]"')
             ) from error
         try:
-            return AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError) as error:
             trust = "trust_remote_code" in str(error)
             remedy = "dataset.trust_remote_code=true, if you trust its code" if trust else "a hub name or a folder with tokenizer.json"
-            what = f"no tokenizer can be had from {self.tokenizer} ({str(error).strip().splitlines()[0]})"
-            raise Refused(Problem(what, "dataset.tokenizer", "", remedy)) from error
+            what = f"no tokenizer can be had from {name} ({str(error).strip().splitlines()[0]})"
+            raise Refused(Problem(what, key, "", remedy)) from error
 
     def _column(self, table: Table, what: str) -> str | None:
         """The column of that meaning, None where there is none. Raises `Refused` for one that was named and is not there."""
@@ -136,18 +179,24 @@ class TextData:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def _rows(self, table: Table, vocabulary: Tokenized, split: str) -> list[Sample]:
+    def _rows(self, table: Table, readers: Sequence[Reader], split: str) -> list[Sample]:
         messages, prompt, completion, text = (self._column(table, what) for what in ("messages", "prompt", "completion", "text"))
-        if self.privileged is not None and (messages is not None or prompt is None or completion is None):
+        chosen, rejected = (self._column(table, what) for what in ("chosen", "rejected"))
+        pairs = chosen is not None and rejected is not None and not self.columns.keys() & {"messages", "completion", "text"}
+        if self.privileged is not None and (pairs or messages is not None or prompt is None or completion is None):
             remedy = "dataset.columns.prompt=COLUMN dataset.columns.completion=COLUMN, or dataset.privileged=null"
             raise Refused(Problem("privileged prompts are made of prompts and completions", "dataset.privileged", table.where, remedy))
-        if messages is not None:
+        if pairs:
+            assert chosen is not None
+            assert rejected is not None
+            made = self._preferences(table, prompt, chosen, rejected, readers)
+        elif messages is not None:
             talks = _talks(table, messages)
-            made = [_conversation(turns, vocabulary.tokenizer, table.where) for turns in talks]
+            made = [_read(readers, lambda reader, turns=turns: reader.conversation(turns, table.where)) for turns in talks]  # type: ignore[misc]
         elif prompt is not None and completion is not None:
-            made = self._pairs(table, prompt, completion, vocabulary)
+            made = self._pairs(table, prompt, completion, readers)
         elif text is not None:
-            return self._pieces(table.rows[text], vocabulary)
+            return self._pieces(table.rows[text], readers)
         else:
             remedy = "dataset.columns.prompt=COLUMN dataset.columns.completion=COLUMN, or dataset.columns.text=COLUMN"
             raise Refused(Problem(f"no text among the columns {', '.join(table.columns)}", "dataset.columns", table.where, remedy))
@@ -155,47 +204,63 @@ class TextData:
             made = [row._replace(scored=[True] * len(row.tokens)) for row in made]
         return self._fitting(made, table.where, split)
 
-    def _pairs(self, table: Table, prompt: str, completion: str, vocabulary: Tokenized) -> list[Sample]:
-        tokenizer, pairs = vocabulary.tokenizer, [(a or "", b) for a, b in zip(table.rows[prompt], table.rows[completion], strict=True)]
-        empty = [i for i, (_, after) in enumerate(pairs) if after is None or not str(after).strip()]
-        if empty:
-            what = f"{len(empty)} empty completions, the first in row {empty[0]}"
-            raise Refused(Problem(what, f"dataset.columns.{completion}", table.where, "leave these rows out, or name another column"))
-        has = getattr(tokenizer, "chat_template", None) is not None
-        if self.template is True and not has:
-            what = f"the tokenizer {self.tokenizer} has no chat template"
-            raise Refused(Problem(what, "dataset.template", "", "dataset.template=false, or the tokenizer of the chat model"))
-        chats = has and self.template is not False
-        pair = partial(_turn, tokenizer, table.where) if chats else partial(_continued, vocabulary, self.separator)
-        rows = [pair(str(before), str(after)) for before, after in pairs]
-        if self.privileged is None:
-            return rows
-        told = [self.privileged.replace("{prompt}", str(before)).replace("{completion}", str(after)) for before, after in pairs]
-        return [row._replace(aided=pair(text, str(after))) for row, text, (_, after) in zip(rows, told, pairs, strict=True)]
-
-    def _pieces(self, texts: Any, vocabulary: Tokenized) -> list[Sample]:
-        """Whole texts, an end of text after each, in pieces of at most `max_length` tokens, all of them scored."""
-        begin, end = _begun(vocabulary.tokenizer), [] if vocabulary.eos is None else [vocabulary.eos]
+    def _pairs(self, table: Table, prompt: str, completion: str, readers: Sequence[Reader]) -> list[Sample]:
+        befores, afters = [str(text or "") for text in table.rows[prompt]], list(table.rows[completion])
+        _refuse_empty(afters, completion, "completions", table.where)
+        reasoning = self._column(table, "reasoning")
+        if self.trace is not None and reasoning is not None:
+            # A row without reasoning is its answer alone.
+            told = zip(table.rows[reasoning], afters, strict=True)
+            afters = [_filled(self.trace, reasoning=why, completion=after) if str(why or "").strip() else after for why, after in told]
         rows = []
+        for before, after in zip(befores, map(str, afters), strict=True):
+            row = _read(readers, lambda reader: reader.pair(before, after, table.where))  # noqa: B023
+            if self.privileged is not None:
+                row = row._replace(aided=readers[0].pair(_filled(self.privileged, prompt=before, completion=after), after, table.where))
+            rows.append(row)
+        return rows
+
+    def _preferences(self, table: Table, prompt: str | None, chosen: str, rejected: str, readers: Sequence[Reader]) -> list[Sample]:
+        """Pairs: the chosen completion, and the rejected one beside it."""
+        befores = [None] * len(table) if prompt is None else list(table.rows[prompt])
+        better, worse = ([_talk(*row) for row in zip(befores, table.rows[column], strict=True)] for column in (chosen, rejected))
+        for column, talks in ((chosen, better), (rejected, worse)):
+            if not all(len(turns) > 1 for turns in talks):
+                what, remedy = "completions without a prompt before them", "dataset.columns.prompt=COLUMN, or whole conversations"
+                raise Refused(Problem(what, f"dataset.columns.{column}", table.where, remedy))
+            _refuse_empty([turns[-1]["content"] for turns in talks], column, "completions", table.where)
+        rows = []
+        for good, bad in zip(better, worse, strict=True):
+            row = _read(readers, lambda reader: _answered(reader, good, table.where))  # noqa: B023
+            rows.append(row._replace(beside={**(row.beside or {}), REJECTED: _answered(readers[0], bad, table.where)}))
+        return rows
+
+    def _pieces(self, texts: Any, readers: Sequence[Reader]) -> list[Sample]:
+        """Whole texts, an end of text after each, in pieces of at most `max_length` tokens, all of them scored."""
+        rows: list[Sample] = []
         for text in texts:
             if text is None or not str(text).strip():
                 continue  # blank lines of files with one paragraph a line
-            ids = vocabulary.encode(str(text)) + end
-            room = self.max_length - len(begin)
-            rows += [Sample(begin + ids[i : i + room], [True] * len(begin + ids[i : i + room])) for i in range(0, len(ids), room)]
+            made = readers[0].pieces(str(text), self.max_length)
+            for n, (own, part) in enumerate(made, 1):
+                if len(readers) > 1:
+                    own, theirs = beside(own, readers[1].translated(part, n == len(made)))
+                    own = own._replace(beside={TEACHER: _cut(theirs, self.max_length)})
+                rows.append(own)
         return [row for row in rows if len(row.tokens) > 1]
 
     def _fitting(self, rows: list[Sample], where: str, split: str) -> list[Sample]:
-        long = [i for i, row in enumerate(rows) if len(row.tokens) > self.max_length]
+        sizes = [max(_aided_prompt(row), *(len(sequence.tokens) for sequence in _sequences(row))) for row in rows]
+        long = [size for size in sizes if size > self.max_length]
         if long and self.too_long == "refuse":
-            largest = max(len(row.tokens) for row in rows)
-            what = f"{len(long)} of {len(rows)} {split} rows have more than {self.max_length} tokens, the longest {largest}"
-            remedy = f"dataset.max_length={largest} if the models' context allows it, or dataset.too_long=drop, or =cut"
+            what = f"{len(long)} of {len(rows)} {split} rows have more than {self.max_length} tokens, the longest {max(long)}"
+            remedy = f"dataset.max_length={max(long)} if the models' context allows it, or dataset.too_long=drop, or =cut"
             raise Refused(Problem(what, "dataset.max_length", where, remedy))
         if self.too_long == "drop":
-            rows = [row for row in rows if len(row.tokens) <= self.max_length]
-        rows = [row._replace(tokens=row.tokens[: self.max_length], scored=row.scored[: self.max_length]) for row in rows]
-        kept = [row for row in rows if any(row.scored[1:])]
+            rows = [row for row, size in zip(rows, sizes, strict=True) if size <= self.max_length]
+        rows = [_cut(row, self.max_length) for row in rows]
+        # A privileged prompt is not cut: it would end before the question does.
+        kept = [row for row in rows if all(any(s.scored[1:]) for s in _sequences(row)) and _aided_prompt(row) <= self.max_length]
         if not kept:
             what = f"no {split} row has a token to learn within {self.max_length} tokens"
             raise Refused(Problem(what, "dataset.max_length", where, "a larger dataset.max_length"))
@@ -211,25 +276,55 @@ class TextData:
         return rows[:-held], rows[-held:]
 
 
-def _begun(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text."""
-    return [tokenizer.bos_token_id] if getattr(tokenizer, "bos_token_id", None) is not None else []
+def _read(readers: Sequence[Reader], make: Callable[[Reader], Sample]) -> Sample:
+    """A row by the student's tokenizer, with the teacher's beside it where it has one of its own."""
+    own = make(readers[0])
+    if len(readers) == 1:
+        return own
+    own, theirs = beside(own, make(readers[1]))
+    return own._replace(beside={TEACHER: theirs})
 
 
-def _turn(tokenizer: Any, where: str, prompt: str, completion: str) -> Sample:
-    return _conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}], tokenizer, where)
+def _answered(reader: Reader, turns: list[dict[str, Any]], where: str) -> Sample:
+    """The last turn of a conversation as the completion: without a template where there is one turn before it and none is used."""
+    if len(turns) == 2 and turns[0]["role"] == "user" and not reader.chats:
+        return reader.pair(turns[0]["content"], turns[1]["content"], where)
+    return reader.conversation(turns, where, last=True)
 
 
-def _continued(vocabulary: Tokenized, separator: str, prompt: str, completion: str) -> Sample:
-    """Tokenised apart, so that where the prompt ends is where its ids end."""
-    end = [] if vocabulary.eos is None else [vocabulary.eos]
-    first, then = _begun(vocabulary.tokenizer) + vocabulary.encode(f"{prompt}{separator}"), vocabulary.encode(completion) + end
-    return Sample(first + then, [False] * len(first) + [True] * len(then))
+def _talk(prompt: Any, completion: Any) -> list[dict[str, Any]]:
+    """A prompt and a completion, each a text or turns, as one conversation; turns that hold the prompt themselves stand alone."""
+    after = [{"role": "assistant", "content": str(completion or "")}] if not isinstance(completion, list) else completion
+    if any(turn.get("role") != "assistant" for turn in after) or prompt is None:
+        return after
+    return [*([{"role": "user", "content": str(prompt)}] if not isinstance(prompt, list) else prompt), *after]
 
 
-def _aided(row: Sample) -> Sample:
-    assert row.aided is not None  # made beside every pair
-    return row.aided
+def _refuse_empty(texts: Sequence[Any], column: str, what: str, where: str) -> None:
+    empty = [i for i, text in enumerate(texts) if text is None or not str(text).strip()]
+    if empty:
+        told = f"{len(empty)} empty {what}, the first in row {empty[0]}"
+        raise Refused(Problem(told, f"dataset.columns.{column}", where, "leave these rows out, or name another column"))
+
+
+def _filled(template: str, **values: Any) -> str:
+    """In one pass: a text that is put in may itself have braces."""
+    return re.sub("{(" + "|".join(values) + ")}", lambda match: str(values[match[1]]), template)
+
+
+def _sequences(row: Sample) -> list[Sample]:
+    return [row, *(row.beside or {}).values()]
+
+
+def _aided_prompt(row: Sample) -> int:
+    """Tokens of the prompt that a privileged teacher reads; of that sequence nothing else is used."""
+    return 0 if row.aided is None else next((i for i, scored in enumerate(row.aided.scored) if scored), len(row.aided.tokens))
+
+
+def _cut(row: Sample, length: int) -> Sample:
+    others = None if row.beside is None else {name: _cut(sequence, length) for name, sequence in row.beside.items()}
+    known = None if row.stretches is None else row.stretches[:length]
+    return row._replace(tokens=row.tokens[:length], scored=row.scored[:length], beside=others, stretches=known)
 
 
 def _talks(table: Table, column: str) -> list[Any]:
@@ -246,26 +341,3 @@ def _talks(table: Table, column: str) -> list[Any]:
         if rows:
             raise Refused(Problem(f"{len(rows)} {what}, the first in row {rows[0]}", "dataset.columns.messages", table.where, remedy))
     return talks
-
-
-def _conversation(turns: Any, tokenizer: Any, where: str) -> Sample:
-    """A conversation by the tokenizer's template; scored is what the assistant says, its end of turn included.
-
-    Raises `Refused` without a template, and for one that writes earlier turns otherwise once later ones follow.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        remedy = "the tokenizer of a chat model, or columns prompt and completion instead of messages"
-        raise Refused(Problem("conversations need a chat template, and the tokenizer has none", "dataset.tokenizer", where, remedy))
-    ids = lambda part, ask: list(tokenizer.apply_chat_template(part, add_generation_prompt=ask, tokenize=True, return_dict=False))  # noqa: E731
-    tokens: list[int] = []
-    scored: list[bool] = []
-    for i, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before, after = ids(turns[:i], True), ids(turns[: i + 1], False)
-        if before[: len(tokens)] != tokens or after[: len(before)] != before:
-            what = "its chat template writes a turn otherwise when others follow, so the assistant's tokens cannot be told apart"
-            raise Refused(Problem(what, "dataset.template", where, "one assistant turn a row, or dataset.template=false"))
-        scored += [False] * (len(before) - len(tokens)) + [True] * (len(after) - len(before))
-        tokens = after
-    return Sample(tokens, scored)

@@ -6,7 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
+
+_BYTE_LEVEL = "ByteLevel"  # the decoder of GPT-2's kind, whose tokens spell bytes as printable characters
+_SPACE = "\u2581"  # of SentencePiece
 
 
 class Vocabulary(Protocol):
@@ -95,6 +99,31 @@ class Tokenized:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids)))
 
+    def meanings(self) -> list[tuple[bool, bytes]]:
+        """What each id stands for: (whether it is a special token, the bytes that it writes; of a special one its name)."""
+        names = self.tokenizer.convert_ids_to_tokens(list(range(self.size)))
+        special, backend = set(self.tokenizer.all_special_ids), getattr(self.tokenizer, "backend_tokenizer", None)
+        by_bytes = _BYTE_LEVEL in repr(getattr(backend, "decoder", ""))
+        return [(i in special, str(name).encode() if i in special else _written(str(name), by_bytes)) for i, name in enumerate(names)]
+
     def text(self, ids: Sequence[int]) -> str:
         """What people read: without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _written(name: str, by_bytes: bool) -> bytes:
+    """The bytes that a token of a fast tokenizer writes: <0x0A> is a byte that SentencePiece has no character for."""
+    if by_bytes:
+        table = _byte_of()
+        return bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes.fromhex(name[3:5])
+    return name.replace(_SPACE, " ").encode()
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    """By the character that stands for it: printable Latin-1 for itself, the others from 256 on (GPT-2's public code)."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -16,11 +16,14 @@ from kdrun.config.check import instantiate
 from kdrun.config.schema import STUDENT_KEYS, TEACHER_KEYS
 from kdrun.config.targets import allowed
 from kdrun.dataset.base import Data
-from kdrun.engine.device import channels_last
+from kdrun.engine.beside import beside_problems
+from kdrun.engine.caching import cache_problems
+from kdrun.engine.device import channels_last, placement_problems
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
 from kdrun.engine.records import STUDENT_FILE
-from kdrun.engine.texts import text_problems, writing_problems
+from kdrun.engine.texts import packing_problems, text_problems
+from kdrun.engine.writing import writing_problems
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
@@ -94,12 +97,16 @@ def build(
     _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
     live = {"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {}
     problems += text_problems(data, {"student": network, **live}, objective)
-    problems += writing_problems(tree, data, objective)
+    problems += packing_problems(tree, data, {"student": network, **live})
+    problems += beside_problems(tree, data, objective)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
+    problems += writing_problems(tree, data, objective, evaluation, {"student": network, **live})
     problems += evaluation.problems(data)
+    problems += placement_problems(tree, objective)
     if not problems:
         problems += _start_problems(tree, network, teacher)
         problems += objective.problems(tree, network, teacher.network if isinstance(teacher, LiveTeacher) else None)
+        problems += cache_problems(tree, data, objective, teacher)
     if problems or student_spec is None:
         raise Refused(problems)
     student = Tapped(network, tree["student"].get("taps") or {}, needs.student_taps, "student.taps")
@@ -113,7 +120,7 @@ def build(
     if within is None:
         learner = learner.to(device).to(memory_format=memory_format)
     if isinstance(teacher, LiveTeacher) and within is None:
-        teacher.module.to(device).to(memory_format=memory_format)
+        teacher.to(device, memory_format, tree["teacher"].get("placement", "same"))
     return Built(data, network, learner, teacher, objective, evaluation, memory_format, tree, per_epoch, total_steps)
 
 
@@ -219,6 +226,7 @@ def build_teacher(
     if kind != "live":
         raise Refused(Problem(f"there is no kind of teacher named '{kind}'", "teacher.kind", "", did_you_mean(kind, TEACHER_KINDS)))
     torch.manual_seed(rng.key(node.get("seed", 0), "student"))
+    data = data.translated or data  # what it reads, where that is not what the student reads
     classes = node.get("classes") or data.classes
     module = build_network(node, classes, data.input_shape, allowed=allowed(tree), reserved=TEACHER_KEYS, key="teacher")
     problems += list(_teacher_contract(node, data))

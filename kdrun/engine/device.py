@@ -25,6 +25,24 @@ def pick_device(hardware: Mapping[str, Any], local_rank: int = 0) -> torch.devic
     return torch.device("cuda", local_rank)
 
 
+def placement_problems(tree: Mapping[str, Any], objective: Any) -> list[Problem]:
+    """Why the teacher cannot be where the configuration wants it."""
+    place = tree["teacher"].get("placement", "same")
+    if place == "same":
+        return []
+    key, remedy = "teacher.placement", "same, cpu, or a GPU of this machine such as cuda:1"
+    try:
+        device = torch.device(place)
+    except RuntimeError:
+        return [Problem(f"'{place}' is no device", key, "", remedy)]
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return [Problem(f"there is no {place} here", key, "", remedy)]
+    if objective.needs().teacher_network:
+        what = f"{type(objective).__name__} asks the teacher's network itself, so it must be where the student is"
+        return [Problem(what, key, "", "teacher.placement=same")]
+    return []
+
+
 def set_up(hardware: Mapping[str, Any], device: torch.device) -> None:
     """Process-wide settings that change speed, not results beyond float tolerance."""
     if hardware.get("threads"):

@@ -19,6 +19,7 @@ from kdrun.dataset.tokens import TokenSplit
 from kdrun.dataset.vocabulary import Symbols
 from kdrun.engine import loop, provenance
 from kdrun.engine.build import Built, build_first, load_data
+from kdrun.engine.caching import cache_facts
 from kdrun.engine.device import pick_device, set_up
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
@@ -63,7 +64,7 @@ def stand_in(node: Mapping[str, Any], packages: Collection[str] = ALLOWED) -> Da
     """The data set's outside, from its stated sizes; None where they are not stated and it must be loaded. One whose targets are not a
     class for each row makes its own splits: `stand_in(storage, ids, input_shape, classes)` of its class."""
     sizes, shape, classes = node.get("sizes"), node.get("input_shape"), node.get("classes")
-    if not sizes or not shape or not classes:
+    if not sizes or not shape or not classes or node.get("teacher_tokenizer"):
         return None
     held = round(float(node.get("validation") or 0) * sizes["train"])
     train = int(node.get("subset") or sizes["train"] - held)
@@ -135,7 +136,7 @@ def estimate(composed: Composed, probe: bool) -> dict[str, Any]:
     elif not small:
         document["memory_bytes"] = _least_memory(built, bool(tree["student"].get("lora")))
     document["flops"] = (3 * models["student"]["flops"] + models.get("teacher", {"flops": 0})["flops"]) * batch * built.total_steps
-    document["facts"] = _facts(document, composed, len(data.splits["train"]))
+    document["facts"] = _facts(document, composed, len(data.splits["train"])) | cache_facts(tree, built)
     return document
 
 
@@ -168,6 +169,7 @@ def _probe(
         **tree,
         "source": {**tree["source"], "batch_size": samples},
         "hardware": {**tree["hardware"], "micro_batch": None, "compile": "off"},
+        "cache": {**tree["cache"], "format": None},
     }
     # Before step 0 an objective may walk all training rows through the teacher; here it sees some of them.
     stage = make_stage(small, replace(built, data=_some_rows(built.data)), device, Ranks(), "student", Reporter())

@@ -50,8 +50,11 @@ class Evaluator:
     def batches(self, split: str) -> Iterator[Batch]:
         """This rank's rows of a split, in order, as evaluated."""
         size = len(self.data.split(split))
-        wide = self.data.classes if self.data.vocabulary is not None else 1  # what is said of a token is larger than the token
+        # What is said of a token is larger than the token.
+        wide = self.data.classes if self.data.vocabulary is not None and not self.evaluation.writes else 1
         at_once = max(1, min(BATCH, ELEMENTS // max(1, wide * math.prod(self.data.input_shape))))
+        if self.evaluation.writes:  # which takes long: no rank is to be left without
+            at_once = min(at_once, -(-size // self.ranks.world))
         pieces = torch.arange(size).split(size if self.data.whole else at_once)[self.ranks.rank :: self.ranks.world]
         return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
@@ -70,7 +73,9 @@ class Evaluator:
             yield batch, said[i].to(self.device) if said else None
 
     def _asks(self) -> bool:
-        return self.evaluation.uses_teacher and self.teacher.spec is not None and not self.teacher.follows
+        # What is said of other tokens cannot be laid beside.
+        alike = self.data.translated is None
+        return self.evaluation.uses_teacher and self.teacher.spec is not None and not self.teacher.follows and alike
 
     def _teacher_logits(self, split: str) -> list[Tensor]:
         if not self._asks():
@@ -82,7 +87,9 @@ class Evaluator:
 
 
 def teacher_score(data: Data, evaluation: Any, teacher: Teacher, device: torch.device, ranks: Ranks) -> Mapping[str, float]:
-    """The teacher's own metrics on the test split, measured here."""
+    """The teacher's own metrics on the test split, in its own tokens, measured here."""
+    data = data.translated or data
+    device = getattr(teacher, "device", None) or device
     bare = Evaluator(data, evaluation, NoTeacher(), device, ranks)
     if isinstance(teacher, LiveTeacher):
         # A language model is asked in more ways than one, and its ids are not normalised.
@@ -100,6 +107,9 @@ class _OwnInput(nn.Module):
         super().__init__()
         self._teacher = [teacher]  # in a list: not a submodule, so train() and state_dict() do not reach it
         self.takes = teacher.takes
+        for name in ("schedule", "scheduler"):  # of a noise predictor: what its samples are made by
+            if hasattr(teacher.network, name):
+                setattr(self, name, getattr(teacher.network, name))
 
     def forward(self, inputs: Tensor, **extra: Tensor) -> Tensor:
         return self._teacher[0].forward(self._teacher[0].renormalise(inputs), extra)[0]

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kdrun.engine import loop, shard, state
 from kdrun.engine.build import Built, build_student_network, open_source
+from kdrun.engine.caching import cached
 from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
@@ -26,8 +27,9 @@ from kdrun.engine.records import MetricsFile, write_json
 from kdrun.engine.report import Reporter
 from kdrun.errors import KdrunError
 from kdrun.evaluation.protocol import best_epoch
+from kdrun.teacher.follower import CurrentTeacher, EmaTeacher
 from kdrun.teacher.live import LiveTeacher
-from kdrun.types import Batch, Signal, Start, Writes
+from kdrun.types import Batch, Hears, Signal, Start, Writes
 
 DRY_STEPS = 2
 ROWS_AT_ONCE = 500  # of the walk over the training rows before step 0
@@ -46,7 +48,8 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
     hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
     source = open_source(tree, built.data, device, ranks)
     if isinstance(source, Writes):
-        source.attach(built.network, built.teacher.network if isinstance(built.teacher, LiveTeacher) else None)
+        teacher = built.teacher.network if isinstance(built.teacher, LiveTeacher) else None
+        source.attach(built.network, teacher, built.total_steps, DTYPES[hardware["dtype"]])
     start_objective(built, device)
     ema = build_ema(built.network, optim["ema"])
     compiled, reason = decide_compile(hardware, device, built.total_steps, objective.compilable)
@@ -64,7 +67,7 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         seed=tree["seed"],
         learner=learner,
         forward=forward,
-        teacher=built.teacher,
+        teacher=cached(tree, built, ranks, reporter),
         objective=objective,
         source=source,
         optimizers=optimizers,
@@ -91,7 +94,7 @@ def start_objective(built: Built, device: torch.device) -> None:
         for batch in built.data.batches("train", at_once, device):
             yield batch, teacher.signal(batch, needs)
 
-    network = teacher.network if isinstance(teacher, LiveTeacher) else None
+    network = teacher.network if isinstance(teacher, (LiveTeacher, EmaTeacher, CurrentTeacher)) else None
     built.objective.start(Start(built.network, network, rows), built.learner.connectors)
 
 
@@ -178,10 +181,11 @@ class StageRun:
 
     def begin(self, resume: bool) -> None:
         """Go back to where a killed run left the stage, or to its beginning."""
-        if resume:
-            self.restore()
-        else:
-            self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
+        if resume and self.restore():
+            return
+        self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
+        if isinstance(self.stage.source, Hears):
+            self.stage.source.hear(self.evaluator.measure(self.network(), "validation"))
 
     def advance(self, until: int | None = None, save: bool = True) -> None:
         """Train to that step and `save` there, or to the end. Raises `Stopped` after a signal, `NotFinite` before a bad update."""
@@ -233,6 +237,8 @@ class StageRun:
         loop.assert_healthy(self.stage)
         epoch = step / self.built.steps_per_epoch
         results = self.evaluator.measure_all(self.network())
+        if isinstance(self.stage.source, Hears):
+            self.stage.source.hear(results["validation"])
         own = self.stage.objective.report()
         results = {split: {**values, **own} for split, values in results.items()}
         self.history.append({"step": step, "epoch": epoch, "validation": results.get("validation"), "test": results.get("test")})
@@ -288,13 +294,12 @@ class StageRun:
             "seconds": self.spent(),
         }
 
-    def restore(self) -> None:
-        """Go back to the newest whole checkpoint, or to the beginning."""
+    def restore(self) -> bool:
+        """Go back to the newest whole checkpoint; False where there is none."""
         found = state.newest(self.checkpoints)
         if found is None:
             self.reporter.note("no whole checkpoint is left: it starts from the beginning")
-            self.metrics.cut(0)
-            return
+            return False
         step, saved, remarks = found
         for remark in remarks:
             self.reporter.note(remark)
@@ -313,6 +318,7 @@ class StageRun:
         if saved["end"] < self.end:  # its patience was at an end
             self.end = s.last_step = saved["end"]
         self.metrics.cut(saved["metrics_offset"])
+        return True
 
     def spent(self) -> tuple[float, float]:
         """(seconds, CPU seconds) of this stage, those before a resume included. The second does not depend on what else runs."""

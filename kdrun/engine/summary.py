@@ -19,6 +19,7 @@ from kdrun.engine.distributed import Ranks
 from kdrun.engine.stage import StageRun
 from kdrun.evaluation import cost
 from kdrun.evaluation.protocol import reported
+from kdrun.teacher.cached import CachedTeacher
 
 OF_THE_PLAN = "of the whole plan"
 
@@ -54,7 +55,7 @@ def summarise(
     """
     evaluation, shown = run.built.evaluation, shown_epoch(run)
     value, how = reported(run.history, evaluation.protocol, evaluation.primary, evaluation.last_k, evaluation.ties)
-    metrics = metrics or {}
+    metrics, written = metrics or {}, run.written()
     if evaluation.primary in metrics:
         value, how = metrics[evaluation.primary], OF_THE_PLAN
     return {
@@ -66,6 +67,8 @@ def summarise(
         "steps": run.stage.step,
         "epochs": run.stage.step / run.built.steps_per_epoch,
         "cost": {**cost_in_time(spent or run.spent(), device), **run.speed()},
+        **({"written": written} if written else {}),
+        **({"cache": run.stage.teacher.report()} if isinstance(run.stage.teacher, CachedTeacher) else {}),
         "student": cost_of(student, run.built.data.input_shape, evaluation.latency),
     }
 

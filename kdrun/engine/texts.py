@@ -12,6 +12,7 @@ from kdrun.dataset.vocabulary import Tokenized, Vocabulary
 from kdrun.errors import Problem
 from kdrun.objective.base import Objective
 from kdrun.objective.ce import CE
+from kdrun.student.language import is_recurrent
 from kdrun.student.taps import reads_tokens
 
 SAME_FAMILY = 0.01  # share of ids at which tokenizers may differ and be taken for one
@@ -35,20 +36,34 @@ def text_problems(data: Data, networks: Mapping[str, nn.Module], objective: Obje
         return found
     found = []
     for who, network in networks.items():
+        vocabulary, key = data.vocabulary, "dataset.tokenizer"
+        if who == "teacher" and data.translated is not None and data.translated.vocabulary is not None:
+            vocabulary, key = data.translated.vocabulary, "dataset.teacher_tokenizer"
         if not reads_tokens(network):
             found.append(Problem(f"the {who} is no language model, and {data.name} is text", who, data.name, f"e.g. {who}=causal_lm"))
-        elif getattr(network, "ids", data.vocabulary.size) < data.vocabulary.size:
-            what = f"the {who} reads {network.ids} ids, {data.name} has {data.vocabulary.size}"
-            remedy = f"{who}.config.vocab_size={data.vocabulary.size}, or as many {who}.contexts as the data set has"
+        elif getattr(network, "ids", vocabulary.size) < vocabulary.size:
+            what = f"the {who} reads {network.ids} ids, {data.name} has {vocabulary.size}"
+            remedy = f"{who}.config.vocab_size={vocabulary.size}, or as many {who}.contexts as the data set has"
             found.append(Problem(what, who, data.name, remedy))
-        elif (strange := _other_tokens(data.vocabulary, network)) is not None:
-            remedy = f"a {who} of the same tokenizer, or the data set's from it: dataset.tokenizer={network.name_or_path}"
+        elif (strange := _other_tokens(vocabulary, network)) is not None:
+            remedy = f"a {who} of the same tokenizer, or the data set's from it: {key}={network.name_or_path}"
+            if who == "teacher" and key == "dataset.tokenizer":
+                remedy += f"; or two tokenizers: objective=uld dataset.teacher_tokenizer={network.name_or_path}"
             found.append(Problem(f"the {who} was made with another tokenizer than {data.name}'s ({strange})", who, data.name, remedy))
     # Cross-entropy is the same of tokens: the training of a teacher from scratch.
     if not of_tokens and type(objective) is not CE:
         what = f"{name} learns one label of each sample, and {data.name} is text"
         found.append(Problem(what, "objective", data.name, "objective=sft, objective=lm_kd or objective=taid"))
     return found
+
+
+def packing_problems(tree: Mapping[str, Any], data: Data, networks: Mapping[str, nn.Module]) -> list[Problem]:
+    """Networks that do not keep the texts of a packed row apart."""
+    if not tree["dataset"].get("pack"):
+        return []
+    mixing = [who for who, network in networks.items() if is_recurrent(network)]
+    what = "the {} carries its state from one text of a packed row into the next"
+    return [Problem(what.format(who), "dataset.pack", data.name, "dataset.pack=false") for who in mixing]
 
 
 def _other_tokens(vocabulary: Vocabulary, network: Any) -> str | None:
@@ -72,27 +87,3 @@ def _other_tokens(vocabulary: Vocabulary, network: Any) -> str | None:
         return None
     ours, its = pairs[other[0]]
     return f"id {other[0]} is {ours!r} here and {its!r} there"
-
-
-def writing_problems(tree: Mapping[str, Any], data: Data, objective: Objective) -> list[Problem]:
-    """What texts that the student writes itself, a teacher with a prompt of its own and rewards ask of the data and of each other."""
-    share, found = tree["source"].get("share"), []  # None: no texts are written
-    if tree["teacher"].get("prompt") == "privileged" and objective.needs().teacher_logits:
-        if getattr(data.split("train"), "privileged", None) is None:
-            what, remedy = (
-                f"{data.name} has no prompts for a privileged teacher",
-                "teacher.prompt=own, or data that have them: dataset=sums",
-            )
-            found.append(Problem(what, "teacher.prompt", data.name, remedy))
-        elif share != 1:
-            what = "a teacher with a prompt of its own speaks of texts that are written anew, and not all of them are"
-            found.append(Problem(what, "teacher.prompt", "", "source=rollout source.share=1, or teacher.prompt=own"))
-    if getattr(objective, "rewarded", False) and data.reward is None:
-        what = f"{data.name} does not say what a right completion is"
-        found.append(Problem(what, "objective", data.name, "a data set with a reward, e.g. dataset=sums, or objective=opsd"))
-    if share is not None and tree["dataset"].get("pack"):
-        found.append(Problem("a row of several texts has several prompts", "dataset.pack", data.name, "dataset.pack=false"))
-    if share is not None and tree["hardware"].get("wrap") == "fsdp2":
-        what = "ranks that write texts of different lengths would wait for each other for ever in a student that is sharded over them"
-        found.append(Problem(what, "hardware.wrap", "", "hardware.wrap=ddp, with adapters if memory is short: student.lora"))
-    return found

@@ -34,6 +34,8 @@ class Evaluation:
 
     uses_teacher: ClassVar[bool] = True  # False where `measure` does not look at the teacher's logits: they are then not computed
 
+    writes: ClassVar[bool] = False  # True where networks write after prompts: then they bound what they make at once themselves
+
     every_epochs: float = 1
     primary: str = "top1"  # what the protocol, the verdict and claims without a metric speak of
     protocol: WhichEpoch = "last"

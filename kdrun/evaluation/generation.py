@@ -33,6 +33,7 @@ class Generation(Evaluation):
     """How is written, how often, and which number is reported. Raises `Refused` for a field outside its range."""
 
     uses_teacher = False  # what the teacher says of given texts is not looked at
+    writes = True
 
     primary: str = "reward"
     max_new_tokens: int = 128

@@ -71,6 +71,9 @@ KINDS: dict[str, MetricKind] = {
     "head_mass": MetricKind("", True),
     "tail_mass": MetricKind("", True),
     "taid_t": MetricKind("", True),
+    **{name: MetricKind("percent", True) for name in ("preferred", "preferred_by_length")},
+    **{name: MetricKind("nats", True) for name in ("margin", "reward_margin")},
+    "reward_accuracy": MetricKind("", True),
     # Of what a language model writes, and of the plan `pipeline`: the share that is right.
     **{
         name: MetricKind("percent", True)

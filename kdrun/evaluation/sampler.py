@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdrun import rng
 from kdrun.errors import Problem, Refused
 from kdrun.evaluation.base import Evaluation, Rows
-from kdrun.student.denoiser import UNetDenoiser, schedule_of
+from kdrun.student.denoiser import schedule_of
 from kdrun.student.generator import Solver, ddim, solve
 from kdrun.types import Batch, Teacher
 
@@ -118,7 +118,7 @@ def sample(network: nn.Module, z: Tensor, labels: Tensor, calls: int, solver: So
     takes = tuple(getattr(network, "takes", ()))
     if takes == ("labels",):
         return network(z, labels=labels).float(), 1
-    if isinstance(network, UNetDenoiser):
+    if takes == ("labels", "t") and hasattr(network, "scheduler"):
         return solve(network, solver, z, labels, calls).float(), calls
     schedule = schedule_of(network)
     if takes == ("labels", "t") and schedule is not None:

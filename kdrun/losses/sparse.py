@@ -48,11 +48,20 @@ def rest_bucket(student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tenso
     The same as spreading the missing mass evenly over the missing ids of both models. `log_rest` [...]: the teacher's log
     mass elsewhere, where it was stored; otherwise what the stored probabilities leave of 1.
     """
+    log_q, log_p = bucketed(student, ids, log_probs, log_rest, temperature)
+    return finite_kl(log_p, log_q)
+
+
+def bucketed(
+    student: Tensor, ids: Tensor, log_probs: Tensor, log_rest: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(log q, log p) [..., K + 1] over the stored ids and "any other id". Any f-divergence of these two is at most that of the whole
+    distributions (data processing inequality)."""
     log_probs = widen(log_probs)
     log_rest = remaining(log_probs) if log_rest is None else widen(log_rest)
     scaled = _centred(student, temperature)
     log_q = torch.cat([scaled.gather(-1, ids), _log_others(scaled, ids, log_probs)], -1) - scaled.logsumexp(-1, keepdim=True)
-    return finite_kl(torch.cat([log_probs, log_rest.unsqueeze(-1)], -1), log_q)
+    return log_q, torch.cat([log_probs, log_rest.unsqueeze(-1)], -1)
 
 
 def remaining(log_probs: Tensor) -> Tensor:

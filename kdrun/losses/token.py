@@ -145,7 +145,7 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float, rescale: bool
     formula itself is 0 at both, so the scale jumps there. `rescale` divides by beta (1 - beta), which is continuous to
     both KLs. Then a beta within 1e-3 of 0 or 1 loses digits in float32.
     """
-    value = _jsd_entries(*_log_probs(student, teacher, temperature), beta).sum(-1)
+    value = jsd_entries(*_log_probs(student, teacher, temperature), beta).sum(-1)
     return value / (beta * (1 - beta)) if rescale and 0 < beta < 1 else value
 
 
@@ -191,13 +191,19 @@ def entry_clipped(student: Tensor, teacher: Tensor, cap: float, beta: float = 0.
     OPSD (Zhao et al., ICML 2026, arXiv 2601.18734), capped per id before the sum as in its public scripts. A surrogate: it
     can be negative, and a capped term gives no gradient while the others still push its logit down.
     """
-    return _jsd_entries(*_log_probs(student, teacher, temperature), beta).clamp(max=cap).sum(-1)
+    return clipped_entries(student, teacher, cap, beta, temperature)[0]
+
+
+def clipped_entries(student: Tensor, teacher: Tensor, cap: float, beta: float = 0.0, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(`entry_clipped`, `clipped_share`) at once.  Logits [..., V] -> [...] each."""
+    entries = jsd_entries(*_log_probs(student, teacher, temperature), beta)
+    return entries.clamp(max=cap).sum(-1), (entries.detach() > cap).float().mean(-1)
 
 
 def clipped_share(student: Tensor, teacher: Tensor, cap: float, beta: float = 0.0, temperature: float = 1.0) -> Tensor:
     """The share of the vocabulary's terms that `entry_clipped` caps, to be watched beside it.  Logits [..., V] -> [...], detached."""
     with torch.no_grad():
-        return (_jsd_entries(*_log_probs(student, teacher, temperature), beta) > cap).float().mean(-1)
+        return clipped_entries(student, teacher, cap, beta, temperature)[1]
 
 
 def interpolated_target(student: Tensor, teacher: Tensor, t: float | Tensor) -> Tensor:
@@ -234,7 +240,7 @@ def _kl_entries(log_a: Tensor, log_b: Tensor) -> Tensor:
     return finite_kl(log_a.unsqueeze(-1), log_b.unsqueeze(-1))
 
 
-def _jsd_entries(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+def jsd_entries(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     """The terms of `generalised_jsd`, [..., V] -> [..., V]."""
     if beta == 0:
         return _kl_entries(log_p, log_q)

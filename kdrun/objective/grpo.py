@@ -22,6 +22,7 @@ from kdrun.losses.policy import clipped_policy, log_ratio
 from kdrun.losses.precision import widen
 from kdrun.objective._checks import require_positive
 from kdrun.objective._language import TOKENS, LanguageObjective
+from kdrun.objective._rollouts import drawing_problems
 from kdrun.source.rollout import ADVANTAGE, BEHAVIOUR
 from kdrun.types import Progress
 
@@ -43,12 +44,7 @@ class GRPO(LanguageObjective):
         if (source.get("per_prompt") or 1) < 2:
             remedy = "source=rollout source.per_prompt=8"
             return [*found, Problem("advantages are relative to the other completions of a prompt", "source.per_prompt", "", remedy)]
-        if source["share"] < 1:
-            found.append(Problem("given texts have no advantages", "source.share", "", "source.share=1"))
-        if source["temperature"] != self.temperature:
-            what = f"the rollouts are drawn at temperature {source['temperature']}, so the ratio would not begin at 1"
-            found.append(Problem(what, "objective.temperature", "", f"objective.temperature={source['temperature']}"))
-        return found
+        return found + drawing_problems(tree, self.temperature)
 
     def listens(self) -> bool:
         return False

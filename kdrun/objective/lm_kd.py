@@ -7,6 +7,11 @@
     skew_forward KL(p || a p + (1 - a) q), skew_reverse KL(q || (1 - a) p + a q), a = `skew`   (DistiLLM, arXiv 2402.03898)
     adaptive     forward and reverse KL weighed by the gaps over the head and the tail, head mass `mu`   (AKL, arXiv 2404.02657)
 
+A teacher of which the K likeliest tokens of every position were kept (cache=topk) is compared over these and "any other token", which
+bounds every divergence from below (`missing: bucket`). Forward KL has three more readings of what is missing: both models renormalised
+over the K (`renormalised`), the teacher alone (`zero`), neither (`truncated`, which is no divergence); names and what they do to the
+student as in the public code of DistillKit and in Anshumann et al. (ACL 2025, arXiv 2503.16870).
+
 Unit: nats per token. Constants: beta 0.5 is the default of GKD's public code (TRL), skew 0.1 and mu 0.5 those of their papers.
 """
 
@@ -15,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from kdrun.losses import token
+from torch import Tensor
+
+from kdrun.losses import sparse, token
 from kdrun.losses.chunked import RowLoss
 from kdrun.losses.divergence import cross_entropy
 from kdrun.objective._checks import require_nonnegative, require_positive, require_share
@@ -26,9 +33,13 @@ from kdrun.types import Progress
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "tv", "skew_forward", "skew_reverse", "adaptive"]
 
+Missing = Literal["bucket", "zero", "renormalised", "truncated"]
+
 
 @dataclass(eq=False)
 class LanguageKD(LanguageObjective):
+    sparse: ClassVar[Literal["bounded", "invalid"]] = "bounded"
+
     divergence: Divergence = "forward_kl"
     ce_weight: float = 0.0
     kd_weight: float = 1.0
@@ -36,6 +47,7 @@ class LanguageKD(LanguageObjective):
     beta: float = 0.5
     skew: float = 0.1
     mu: float = 0.5
+    missing: Missing = "bucket"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +58,10 @@ class LanguageKD(LanguageObjective):
         require_share(self, "beta", "skew", "mu")
         if self.divergence not in get_args(Divergence):
             raise ValueError(f"divergence={self.divergence!r}: legal values {', '.join(get_args(Divergence))}")
+        if self.missing not in get_args(Missing):
+            raise ValueError(f"missing={self.missing!r}: legal values {', '.join(get_args(Missing))}")
+        if self.missing != "bucket" and self.divergence != "forward_kl":
+            raise ValueError(f"missing={self.missing}: of forward_kl alone; with {self.divergence} bucket")
 
     def listens(self) -> bool:
         return self.kd_weight > 0
@@ -55,7 +71,17 @@ class LanguageKD(LanguageObjective):
 
     def row_losses(self) -> Mapping[str, tuple[RowLoss, tuple[str, ...]]]:
         losses: dict[str, tuple[RowLoss, tuple[str, ...]]] = {"ce": (cross_entropy, (TOKENS,))} if self.ce_weight else {}
-        return losses | ({"kd": (partial(self._divergence(), temperature=self.temperature), (TEACHER,))} if self.kd_weight else {})
+        return losses | ({"kd": (self._loss, (TEACHER,))} if self.kd_weight else {})
+
+    def _loss(self, logits: Tensor, *theirs: Tensor) -> Any:
+        """Of the teacher's logits [N, V], or of the ids, log-probabilities [N, K] and the rest [N] that were kept of them."""
+        if len(theirs) == 1:
+            return self._divergence()(logits, *theirs, temperature=self.temperature)
+        ids, log_probs, log_rest = theirs
+        if self.missing == "bucket":
+            return self._divergence()(*sparse.bucketed(logits, ids, log_probs, log_rest, self.temperature))
+        reading = {"zero": sparse.zero_missing, "renormalised": sparse.renormalised, "truncated": sparse.truncated}[self.missing]
+        return reading(logits, ids, log_probs, self.temperature)
 
     def _divergence(self) -> RowLoss:
         choices: dict[str, RowLoss] = {

@@ -53,10 +53,13 @@ def teacher_stage(tree: Mapping[str, Any], fingerprint: str) -> StageSpec | None
     own = TEACHER_KEYS - STUDENT_KEYS
     stage["student"] = {k: v for k, v in node.items() if k not in own}
     stage["teacher"] = {"kind": "none"}
+    if stage["dataset"].get("teacher_tokenizer"):
+        stage["dataset"] = {**stage["dataset"], "tokenizer": stage["dataset"]["teacher_tokenizer"], "teacher_tokenizer": None}
     stage["objective"] = {"_target_": "kdrun.objective.ce.CE"}
     stage["seed"] = node.get("seed", 0)
     stage["optim"] = {**stage["optim"], "ema": None}
     stage["optim"]["phases"] = {}
+    stage["cache"] = {**(stage.get("cache") or {}), "format": None, "path": None}
     stage["plan"] = {"_target_": "kdrun.plan.single.Single", "start_from": None}
     with_changes(stage, node.get("fit") or {}, "teacher.fit")
     content = {k: stage[k] for k in ("student", "source", "optim", "objective", "seed")}

@@ -103,10 +103,14 @@ class EpochLoader(Stateless):
         view = epoch if self.spec.views is None else epoch % self.spec.views
         return [(index, torch.full_like(index, view)) for index in self.place.mine(whole)]
 
+    def size(self, step: int) -> int:
+        """Samples of a step, over all ranks."""
+        rows, at = len(self.data.split(self.split)), step % self.steps_per_epoch
+        return min(self.spec.batch_size, rows - at * self.spec.batch_size)
+
     def largest_share(self, step: int) -> int:
         """Samples of the best-served rank in a step."""
-        rows, at = len(self.data.split(self.split)), step % self.steps_per_epoch
-        return -(-min(self.spec.batch_size, rows - at * self.spec.batch_size) // self.place.world)
+        return -(-self.size(step) // self.place.world)
 
     def _epoch_order(self, epoch: int) -> Tensor:
         """The order of the rows in an epoch, int64 [N]; the last one is kept, since many steps ask for it."""

@@ -53,14 +53,15 @@ def one_step_unet(num_classes: int, in_channels: int, t_init: int = 440, **denoi
     return OneStepGenerator(UNetDenoiser(num_classes, in_channels, **denoiser), t_init)
 
 
-def solve(denoiser: UNetDenoiser, solver: Solver, z: Tensor, labels: Tensor, calls: int) -> Tensor:
-    """Deterministic samples in `calls` network calls by one of diffusers' solvers, with the network's own forward process.
+def solve(denoiser: nn.Module, solver: Solver, z: Tensor, labels: Tensor, calls: int) -> Tensor:
+    """Deterministic samples in `calls` network calls by one of diffusers' solvers, with the forward process of the network's `scheduler`.
 
     Steps end at the noisiest one ("trailing"), and samples are not clipped. z [B, ...] standard normal, labels [B] -> [B, ...].
     """
     import diffusers
 
-    scheduler = getattr(diffusers, solver).from_config(denoiser.scheduler.config, timestep_spacing="trailing")
+    own: Any = denoiser.scheduler
+    scheduler = getattr(diffusers, solver).from_config(own.config, timestep_spacing="trailing")
     scheduler.set_timesteps(calls, device=z.device)
     x = z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

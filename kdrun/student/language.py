@@ -57,9 +57,15 @@ def causal_lm(
     model = _made(transformers, name if pretrained else None, described, options)
     rows = model.get_input_embeddings().num_embeddings
     if rows < num_classes:
-        what = f"its matrix has {rows} rows, the data's tokenizer has {num_classes} tokens"
+        what, own = f"its matrix has {rows} rows, the data's tokenizer has {num_classes} tokens", name or "<its name or folder>"
         raise Refused(
-            Problem(what, "name", "", "the data set's tokenizer must be the model's own: dataset.tokenizer=<the same name or folder>")
+            Problem(
+                what,
+                "name",
+                "",
+                f"the data set's tokenizer must be the model's own: dataset.tokenizer={own}; a teacher's may be another's: "
+                f"objective=uld dataset.teacher_tokenizer={own}",
+            )
         )
     # With a cache of keys and values transformers does not look for several sequences in one row, and lets each see the ones before it.
     model.config.use_cache = False
@@ -155,6 +161,18 @@ def _with_lora(model: Any, settings: Mapping[str, Any]) -> Any:
         raise Refused(
             Problem(f"peft refuses these settings: {error}", "lora", "", "e.g. lora={r: 16, lora_alpha: 32, target_modules: all-linear}")
         ) from error
+
+
+def position_limit(network: nn.Module) -> int | None:
+    """How many tokens a language model can read in one row; None where nothing limits it."""
+    config: Any = getattr(network, "config", None)
+    return None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def is_recurrent(network: nn.Module) -> bool:
+    """Whether a model of transformers carries a state from token to token (Mamba, RWKV, hybrids of them), past the borders of packed
+    sequences, which only attention looks at."""
+    return bool(getattr(network, "_is_stateful", False))
 
 
 def hidden_states(network: nn.Module, x: Tensor, **beside: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdrun.dataset.tokens import POSITIONS
+from kdrun.dataset import tokens
 from kdrun.types import Batch
 
-INPUTS = "teacher_inputs"  # [B, T'] the teacher's prompt and the student's tokens
+INPUTS = f"{tokens.TEACHER}_{tokens.INPUTS}"  # [B, T'] the teacher's prompt and the student's tokens, or the same text in the teacher's own
+TARGETS = f"{tokens.TEACHER}_{tokens.TARGETS}"  # [B, T'] what is scored of a text in the teacher's own tokens, -1 elsewhere
 SHIFT = "teacher_shift"  # [B] how much longer the teacher's prompt is than the student's
 
 
@@ -23,13 +24,13 @@ def in_context(batch: Batch) -> Batch:
         return batch
     inputs = batch.extra[INPUTS]
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
-    return batch._replace(inputs=inputs, extra={**batch.extra, POSITIONS: positions})
+    return batch._replace(inputs=inputs, extra={**batch.extra, tokens.POSITIONS: positions})
 
 
 def beside_student(said: Tensor, batch: Batch) -> Tensor:
     """Rows [B, T', ...] that a teacher said of its own positions, at the student's: [B, T, ...]. Prompts have no counterpart there, and
-    nothing of them is scored."""
-    if INPUTS not in batch.extra:
+    nothing of them is scored. A text in the teacher's own tokens has no such places: what is said of it stays where it is."""
+    if SHIFT not in batch.extra:
         return said
     place = torch.arange(batch.inputs.shape[1], device=said.device) + batch.extra[SHIFT][:, None]
     place = place.clamp(0, said.shape[1] - 1)

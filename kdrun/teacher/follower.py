@@ -29,7 +29,12 @@ class Follower:
     privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
 
     def __init__(self, student: nn.Module, spec: ModelSpec, taps: Mapping[str, str] | None = None, wanted: Iterable[str] = ()) -> None:
-        self.network = copy.deepcopy(student).eval().requires_grad_(False)
+        # Tensors without content (a plan's) have no storage that could be copied: each is cloned, under its old name.
+        tensors = [*student.parameters(), *student.buffers()]
+        copies: dict[int, Any] = {
+            id(t): nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.clone() for t in tensors
+        }
+        self.network = copy.deepcopy(student, copies).eval().requires_grad_(False)
         self.module = Tapped(self.network, taps or {}, wanted, "teacher.taps").eval()
         self.module.train = lambda mode=True: self.module  # type: ignore[method-assign]
         self.spec: ModelSpec | None = spec

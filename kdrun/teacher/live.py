@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdrun.teacher.context import beside_student, in_context
+from kdrun.teacher.context import TARGETS, beside_student, in_context
 from kdrun.types import Batch, ModelSpec, Needs, Progress, Signal
 
 
@@ -17,6 +17,7 @@ class LiveTeacher:
 
     follows = False
     privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
+    device: torch.device | None = None  # of its weights, where that is not the student's
 
     def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
         self.module = module.eval().requires_grad_(False)
@@ -24,7 +25,7 @@ class LiveTeacher:
         self.module.train = lambda mode=True: self.module  # type: ignore[method-assign]
         self.spec: ModelSpec | None = spec
         self.forward: Callable[..., tuple[Tensor, dict[str, Tensor]]] = module  # (inputs, extra)
-        self._affine = affine
+        self.affine = affine
 
     @property
     def network(self) -> nn.Module:
@@ -36,16 +37,27 @@ class LiveTeacher:
         return tuple(getattr(self.network, "takes", ()))
 
     def renormalise(self, inputs: Tensor) -> Tensor:
-        if self._affine is None:
+        if self.affine is None:
             return inputs
-        scale, shift = (v.to(inputs.device).view(-1, *[1] * (inputs.dim() - 2)) for v in self._affine)
+        scale, shift = (v.to(inputs.device).view(-1, *[1] * (inputs.dim() - 2)) for v in self.affine)
         return inputs * scale + shift
+
+    def to(self, device: torch.device, memory_format: torch.memory_format, placement: str = "same") -> None:
+        """Put its weights on the student's device, or on the one that `placement` names."""
+        self.device = None if placement == "same" else torch.device(placement)
+        self.module.to(self.device or device).to(memory_format=memory_format)
 
     @torch.no_grad()
     def signal(self, batch: Batch, needs: Needs) -> Signal:
         if not needs.teacher_logits and not needs.teacher_taps:
             return Signal(None, {})
-        if self.privileged:
+        if self.device is None:
+            return self._speak(batch)
+        said, home = self._speak(batch.to(self.device)), batch.inputs.device
+        return Signal(None if said.logits is None else said.logits.to(home), {k: v.to(home) for k, v in said.taps.items()})
+
+    def _speak(self, batch: Batch) -> Signal:
+        if self.privileged or TARGETS in batch.extra:
             read = in_context(batch)
             return Signal(beside_student(self.forward(read.inputs, read.extra)[0], batch), {})
         logits, taps = self.forward(self.renormalise(batch.inputs), batch.extra)

@@ -19,7 +19,7 @@ LIGHT = [
     ["--help"], ["--version"], ["train", "--help"], ["eval", "--help"], ["resume", "--help"], ["plan", "--help"], ["doctor", "--help"],
     ["ls"], ["ls", "objectives"], ["ls", "teachers", "--json"], ["ls", "students"], ["ls", "datasets", "-q"], ["ls", "runs"],
     ["show", "recipe=pld_cifar100"], ["show", "recipe=pld_cifar100", "--diff", "kd_cifar100"], ["show", "recipe=pld_cifar100", "--hash"],
-    ["show", "recipe=pld_cifar10"], ["ledger"], ["ledger", "--json"], ["ledger", "--markdown"],
+    ["show", "recipe=pld_cifar10"], ["ledger"], ["ledger", "--json"], ["ledger", "--markdown"], ["cache", "--help"], ["cache", "ls"],
 ]  # fmt: skip
 # Every light verb in one fresh interpreter; what it then holds, on the last line.
 SCRIPT = """
@@ -72,6 +72,6 @@ def test_overrides_complete(typed: str, offered: list[str]) -> None:
 
 
 def test_every_group_completes() -> None:
-    groups = ["recipe", "teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware"]
+    groups = ["recipe", "teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache"]
     assert complete_override("") == [f"{group}=" for group in groups]
     assert all(complete_override(f"{group}=") for group in groups)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdrun.dataset.tokens import TokenSplit, prompts_of
+from kdrun.dataset.tokens import Ragged, TokenSplit, prompts_of
 from tests.dataset.test_text import QA, chatting, load, refusal, tokenizer, tokens, write_parquet
 from tests.dataset.words import BOS, REWRITING, ids, write_jsonl, write_tokenizer
 
@@ -119,3 +119,19 @@ def test_a_privileged_prompt_is_made_of_prompt_and_completion_and_ends_in_the_sa
 def test_privileged_prompts_of_other_rows_are_refused(row: dict[str, Any], tmp_path: Path, chatting: Path) -> None:
     what, key, remedy = refusal(write_jsonl(tmp_path / "x.jsonl", [row] * 4), chatting, privileged="{prompt} {completion}")
     assert (key, "dataset.privileged=null" in remedy) == ("dataset.privileged", True), what
+
+
+@pytest.mark.parametrize(("too_long", "kept"), [("drop", 4), ("cut", 4)])
+def test_a_privileged_prompt_is_no_longer_than_a_row_may_be(too_long: str, kept: int, tmp_path: Path, tokenizer: Path) -> None:
+    """The reference of 6 tokens makes a prompt of 15, though the row itself has 13; the short one's are 10 and 8."""
+    long = {"prompt": "what is one plus two", "completion": "one two three four five six"}
+    file, words = write_jsonl(tmp_path / "x.jsonl", [*[QA] * 5, long]), "{prompt} Because {completion} why plus"
+    what, key, remedy = refusal(file, tokenizer, privileged=words, max_length=14)
+    assert (key, "dataset.max_length=" in remedy) == ("dataset.max_length", True), what
+    data = load(file, tokenizer, privileged=words, max_length=14, too_long=too_long)
+    assert sum(len(split) for split in data.splits.values()) == 5
+    part = data.split("train")
+    assert isinstance(part, TokenSplit)
+    assert isinstance(part.privileged, Ragged)
+    assert part.privileged.longest_prompt() <= 14
+    assert len(load(file, tokenizer, max_length=14).split("train")) == len(part) + 1

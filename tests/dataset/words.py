@@ -34,12 +34,31 @@ def write_tokenizer(folder: Path, template: str | None = None, words: Sequence[s
     return folder
 
 
-def write_model(folder: Path, seed: int = 0, words: Sequence[str] = WORDS, rows: int | None = None, **sizes: Any) -> Path:
-    """A Llama with fresh weights beside its tokenizer; `rows` of its matrix, which may be padded."""
+def write_bytes_tokenizer(folder: Path, merges: Sequence[str], **special: Any) -> Path:
+    """A byte-level tokenizer as GPT-2's: every byte, those merges (printable characters, parted by a space) and the words above."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    joined = [(a, b) for a, b in (merge.split() for merge in merges)]
+    symbols = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in joined)]
+    made = Tokenizer(BPE({symbol: i for i, symbol in enumerate(symbols)}, joined))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | special
+    PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
+    return folder
+
+
+def write_model(
+    folder: Path, seed: int = 0, words: Sequence[str] = WORDS, rows: int | None = None, tokenizer: bool = True, **sizes: Any
+) -> Path:
+    """A Llama with fresh weights beside its tokenizer, which is written unless it is there; `rows` of its matrix, which may be padded."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    write_tokenizer(folder, words=words)
+    if tokenizer:
+        write_tokenizer(folder, words=words)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     torch.manual_seed(seed)
     config = LlamaConfig(

@@ -187,6 +187,21 @@ def test_data_without_a_reward_and_data_that_are_no_text_are_refused() -> None:
     assert Generation().names() == list(METRICS)
 
 
+@pytest.mark.parametrize("world", [1, 3])
+def test_prompts_of_a_large_vocabulary_are_answered_together(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are made of the last place alone, so it is not the vocabulary times the length that has to fit."""
+    texts, asked = uneven(12), []
+    object.__setattr__(texts, "splits", {"test": texts.split("train")})
+    monkeypatch.setattr("kdrun.engine.evaluate.ELEMENTS", 100)  # 13 tokens x 8 places: one row of logits
+    model = tiny()
+    whole = measure(model, texts, max_new_tokens=5)
+    model.model.register_forward_pre_hook(lambda module, args, named: asked.append(len(named["input_ids"])), with_kwargs=True)
+    assert measure(model, texts, max_new_tokens=5) == pytest.approx(whole)
+    assert max(asked) == 12
+    shares = [Evaluator(texts, Generation(), NoTeacher(), CPU, Ranks(rank, world)).batches("test") for rank in range(world)]
+    assert [[len(batch.ids) for batch in share] for share in shares] == [[12 // world]] * world
+
+
 # -- whole runs -----------------------------------------------------------------------------------------------------------
 
 WORDS = [

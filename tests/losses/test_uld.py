@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kdrun.losses.token import sequence_weights
-from kdrun.losses.uld import aligned, uld
+from kdrun.losses.uld import aligned, answers_in_turn, firsts, partners, tails, uld
 
 STUDENT = torch.tensor([0.0, 1.0, 0.5, 0.0], dtype=torch.float64)
 TEACHER = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
@@ -79,3 +79,32 @@ def test_answer_tokens_are_paired_in_order_up_to_the_shorter_answer() -> None:
     assert partner.nonzero().tolist() == [[0, 0], [0, 1], [1, 1], [1, 3]]
     weights = sequence_weights(keep, "seq_mean").weights
     assert weights.sum(1).tolist() == [1, 1]
+
+
+def test_partners_are_positions_with_the_same_key() -> None:
+    own = answers_in_turn(torch.tensor([[False, True, True, False, True], [False, False, False, False, False]]))
+    theirs = answers_in_turn(torch.tensor([[True, False, False, True, True, True], [True, True, True, False, False, False]]))
+    assert partners(own, theirs).tolist() == [[-1, 0, -1, -1, 3], [-1, -1, -1, -1, -1]]
+    assert partners(theirs, own).tolist() == [[1, -1, -1, 4, -1, -1], [-1, -1, -1, -1, -1, -1]]
+
+
+def test_tails_are_the_later_positions_of_each_stretch() -> None:
+    stretches = torch.tensor([[-1, 0, 0, 0, 1, -1, 2, 2]])
+    log_probs = -torch.tensor([[9.0, 1, 2, 4, 8, 9, 16, 32]])
+    assert firsts(stretches).int().tolist() == [[0, 1, 0, 0, 1, 0, 1, 0]]
+    assert tails(log_probs, stretches)[firsts(stretches)].tolist() == [-6, 0, -32]
+
+
+def test_a_tail_scales_the_distribution() -> None:
+    """Probabilities of a stretch: q times q(tail)."""
+    half = torch.tensor(0.5, dtype=torch.float64).log()
+    value = uld(STUDENT, TEACHER, tail=half, teacher_tail=half)
+    torch.testing.assert_close(value, uld(STUDENT, TEACHER) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(300, 7), (7, 300)])
+def test_a_few_of_many_give_what_the_whole_order_gives(own: int, theirs: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, v, generator=g, dtype=torch.float64) for v in (own, theirs))
+    q, p = (torch.nn.functional.pad(x.softmax(-1).sort(-1, descending=True).values, (0, 300 - x.shape[-1])) for x in (student, teacher))
+    torch.testing.assert_close(uld(student, teacher), (q - p).abs().sum(-1), rtol=1e-12, atol=1e-15)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kdrun.losses.token import forward_kl, generalised_jsd, reverse_kl
-from kdrun.types import Batch
-from tests.dataset.texts import alone, batch_of, samples, tiny
+from kdrun.engine.records import METRICS, read_lines
+from kdrun.losses.token import clipped_share, forward_kl, generalised_jsd, keep_top, reverse_kl
+from kdrun.teacher.follower import Follower
+from kdrun.types import Batch, Progress
+from tests.dataset.texts import V, alone, batch_of, samples, tiny
+from tests.engine.running import assert_same_training, run
 from tests.objective.spoken import Said, Step, ready, scored
+from tests.objective.test_grpo import pieces
 from tests.objective.toy import make
 from tests.source.test_rollout import group, uneven
 
@@ -195,3 +200,58 @@ def test_it_needs_a_teacher_and_a_language_model() -> None:
     assert objective.needs().teacher_logits
     tree = {"teacher": {"kind": "none"}, "hardware": {}, "source": {}}
     assert [p.key for p in objective.problems(tree, nn.Linear(2, 2), None)] == ["student"]
+
+
+# -- what the cap cuts, and teachers that follow the student --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("projection", ["whole", "chunked"])
+@pytest.mark.parametrize("values", [{}, {"divergence": "jsd"}, {"temperature": 1.3, "top_k": 6}])
+def test_the_share_of_clipped_entries_is_told_of_a_whole_step_however_it_is_cut(projection: str, values: dict[str, Any]) -> None:
+    student, teacher, batch = tiny(), tiny("gpt2"), batch_of(alone(samples(LENGTHS)))
+    objective = ready("opsd", student, teacher, projection=projection, cap=0.02, **values)
+    assert objective.report() == {}
+    step = Step(objective, student, teacher, pieces(batch, [2, 3]))
+    objective.after_step(step.ids, step.kept, Progress(0, 30, 3))
+    keep = batch.targets >= 0
+    with torch.no_grad():
+        said, theirs = (net(batch.inputs, position_ids=batch.extra["position_ids"]).logits[..., :V][keep] for net in (student, teacher))
+    if "top_k" in values:
+        said, theirs = keep_top(said, theirs, 6)
+    beta = 0.5 if "divergence" in values else 0.0
+    expected = clipped_share(said, theirs, 0.02, beta, values.get("temperature", 1.0)).mean().item()
+    assert 0 < expected < 1
+    assert objective.report() == {"clipped_share": pytest.approx(expected, rel=1e-5)}
+    again = make("opsd", **values)
+    again.load_state_dict(objective.state_dict())
+    assert again.report() == objective.report()
+
+
+@pytest.mark.parametrize("values", [{"cap": None}, {"divergence": "sampled_token"}])
+def test_without_a_cap_nothing_is_told(values: dict[str, Any]) -> None:
+    student, teacher = tiny(), tiny("gpt2")
+    objective = ready("opsd", student, teacher, **values)
+    step = Step(objective, student, teacher, [batch_of(alone(samples(LENGTHS)))])
+    objective.after_step(step.ids, step.kept, Progress(0, 30, 3))
+    assert objective.report() == {}
+
+
+@pytest.mark.parametrize("kind", ["ema", "current"])
+def test_a_teacher_that_follows_the_student_is_asked_in_chunks_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdrun.engine.session.plot_curves", lambda folder: None)
+    words = [
+        "dataset=sums", "dataset.n_train=33", "dataset.n_test=10", f"teacher={kind}", "teacher.prompt=privileged", "student=sum_policy",
+        "objective=opsd", "objective.cap=0.5", "source=rollout", "source.batch_size=11", "source.max_new_tokens=6", "optim=adamw",
+        "optim.lr=0.01", "optim.epochs=2", "evaluation=generation", "evaluation.max_new_tokens=6", "hardware=cpu", "hardware.threads=1",
+        "run.log_every=1",
+    ]  # fmt: skip
+    run([*words, "objective.projection=whole"], tmp_path / "whole")
+    asked: list[bool] = []
+    original = Follower.signal
+    monkeypatch.setattr(Follower, "signal", lambda self, batch, needs: asked.append(needs.teacher_logits) or original(self, batch, needs))
+    run([*words, "objective.projection=chunked"], tmp_path / "chunked")
+    assert asked
+    assert not any(asked)  # its logits are never made at once
+    assert_same_training(tmp_path / "chunked", tmp_path / "whole", rtol=1e-4)
+    shares = [[line["clipped_share"] for line in read_lines(tmp_path / name / METRICS) if "split" in line] for name in ("whole", "chunked")]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-3)

@@ -19,7 +19,7 @@ CONF = Path(__file__).parents[2] / "conf" / "objective"
 ALL = sorted(path.stem for path in CONF.glob("*.yaml"))
 DIFFUSION = {"denoise", "sfd"}  # they noise or generate what the networks see: no logits of a toy; see their own tests
 DETECTION = {"detection"}  # its forward gives no logits but losses; see its own tests
-LANGUAGE = {"sft", "lm_kd", "taid", "opsd", "grpo"}  # they ask the networks for hidden states or logits of tokens; see their own tests
+LANGUAGE = {"sft", "lm_kd", "taid", "opsd", "grpo", "uld", "dpo", "simpo", "minillm"}  # see their own tests
 NAMES = sorted({*ALL} - DIFFUSION - DETECTION - LANGUAGE)
 
 CLASSES, STEP = 5, 8

@@ -115,6 +115,10 @@ def stand_in(dataset: str, folders: dict[str, Path], plan: str = "single") -> li
         return [*CPU, *files, "student.name=null", f"student.config={model}", "source.batch_size=4"]
     if dataset in ("text", "openthoughts_math", "ultrachat_200k"):
         return stand_in_for_texts(dataset, folders[dataset])
+    if dataset == "tinystories":
+        folder = folders["text"]
+        files = [f"dataset.path={folder}/mine.jsonl", f"teacher.name={folder}/teacher", "student.config.vocab_size=32"]
+        return [*CPU, *files, "source.batch_size=4", "cache.k=8"]
     if dataset == "camvid":
         return [*CPU, f"dataset.path={folders[dataset]}", "dataset.subset=6"]
     if dataset == "cityscapes":

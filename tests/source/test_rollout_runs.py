@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from kdrun.engine.records import METRICS, TIMING, read_lines
+from kdrun.errors import Refused
+from kdrun.student.engines import writer_of
 from kdrun.student.weights import save_student
 from tests.conftest import Outcome
 from tests.engine.processes import kdrun_to_end
-from tests.engine.running import assert_same_run, assert_same_training, resume, run, run_killed, training_lines
+from tests.engine.running import assert_same_run, assert_same_training, resume, run, run_killed, staged, training_lines
 from tests.source.test_rollout import policy
 
 
@@ -41,6 +44,7 @@ def base(tmp_path: Path) -> list[str]:
 ARMS = {
     "opsd": ["objective.cap=0.5"],
     "grpo": ["objective=grpo", "source.per_prompt=4", "source.batch_size=11"],
+    "minillm": ["objective=minillm", "source.writer=mixture"],
     "mixed": ["source.share=0.5", "objective=lm_kd", "teacher.prompt=own"],
     "current": ["objective.cap=0.5", "teacher=current", "~teacher.checkpoint", "plan.start_from=null"],
     "ema": [
@@ -74,15 +78,15 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(name: str, base: list[str], t
 def assert_same_updates(ours: Path, theirs: Path) -> None:
     """`assert_same_training`; of GRPO without the loss, whose advantages cancel: what is left is rounding."""
     for lines in (training_lines(ours), training_lines(theirs)):
-        if "policy" in lines[0]["terms"]:
+        if lines[0]["terms"].keys() == {"policy"}:
             assert abs(lines[0]["loss"]) < 1e-6
     with pytest.MonkeyPatch.context() as patch:
-        told = lambda folder: [{**line, "loss": 1.0, "terms": {}} if "policy" in line["terms"] else line for line in training_lines(folder)]  # noqa: E731
-        patch.setattr("tests.engine.running.training_lines", told)
+        bare = lambda line: {**line, "loss": 1.0, "terms": {}} if line["terms"].keys() == {"policy"} else line  # noqa: E731
+        patch.setattr("tests.engine.running.training_lines", lambda folder: list(map(bare, training_lines(folder))))
         assert_same_training(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["opsd", "grpo", "mixed"])
+@pytest.mark.parametrize("name", ["opsd", "grpo", "minillm", "mixed"])
 def test_accumulation_changes_no_text_and_no_gradient(name: str, base: list[str], tmp_path: Path) -> None:
     words = overrides(base, name)
     run(words, tmp_path / "whole")
@@ -91,7 +95,7 @@ def test_accumulation_changes_no_text_and_no_gradient(name: str, base: list[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["opsd", "grpo", "mixed"])
+@pytest.mark.parametrize("name", ["opsd", "grpo", "minillm", "mixed"])
 def test_two_ranks_write_and_train_what_one_process_does(name: str, base: list[str], tmp_path: Path) -> None:
     words = overrides(base, name)
     run(words, tmp_path / "one")
@@ -119,3 +123,54 @@ def test_a_plan_probes_the_steps_that_will_be_taken(name: str, base: list[str], 
     done = kdrun("plan", *overrides(base, name), "--json")
     assert done.code == 0, done.err
     assert done.json["seconds_per_sample"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_texts_are_written_in_the_precision_that_the_run_computes_in(
+    dtype: str, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[Any] = set()
+
+    def spying(engine: Any, options: Any) -> Any:
+        def write(network: Any, *rest: Any) -> Any:
+            seen.add((torch.is_autocast_enabled("cpu"), network(torch.ones(1, 9, dtype=torch.int64)).dtype))
+            return writer_of(engine, options)(network, *rest)
+
+        return write
+
+    monkeypatch.setattr("kdrun.source.rollout.writer_of", spying)
+    run([*base, f"hardware.dtype={dtype}", "optim.epochs=1"], tmp_path / "run")
+    assert seen == {(dtype == "bf16", torch.bfloat16 if dtype == "bf16" else torch.float32)}
+
+
+LLAMA = (
+    "{model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1, num_attention_heads: 1, max_position_embeddings: %d}"
+)
+WRITING = [
+    "dataset=sums", "dataset.n_train=8", "dataset.n_test=4", "objective=opsd", "source=rollout", "source.batch_size=4",
+    "source.max_new_tokens=6", "evaluation=generation", "evaluation.max_new_tokens=6", "student=causal_lm", "hardware=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("positions", "more", "told"),
+    [
+        (12, ["teacher=current", "teacher.prompt=own"], ["source.max_new_tokens=5", "evaluation.max_new_tokens=5"]),
+        (13, ["teacher=current", "teacher.prompt=own"], []),
+        (13, ["teacher=current"], ["source.max_new_tokens"]),  # it reads 14 tokens before what is written
+        (20, ["teacher=current"], []),
+        (13, ["teacher=causal_lm", "teacher.prompt=privileged", f"teacher.config={LLAMA % 19}"], ["source.max_new_tokens=5"]),
+        (13, ["teacher=causal_lm", "teacher.prompt=privileged", f"teacher.config={LLAMA % 20}"], []),
+        (13, ["teacher=current", "teacher.prompt=own", "evaluation.max_new_tokens=7"], ["evaluation.max_new_tokens=6"]),
+    ],
+)
+def test_texts_longer_than_a_networks_positions_are_refused(positions: int, more: list[str], told: list[str], tmp_path: Path) -> None:
+    words = [*WRITING, f"student.config={LLAMA % positions}", *more]
+    if not told:
+        assert staged(words, tmp_path).built.total_steps > 0
+        return
+    with pytest.raises(Refused) as raised:
+        staged(words, tmp_path)
+    assert len(raised.value.problems) == len(told)
+    assert all("positions of the" in problem.what for problem in raised.value.problems)
+    assert all(any(remedy in (p.remedy, p.key) for p in raised.value.problems) for remedy in told)

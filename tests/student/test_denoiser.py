@@ -218,7 +218,7 @@ class ExactScore(nn.Module):
 def test_every_solver_finds_the_density_of_an_exact_score(solver: Solver) -> None:
     network = ExactScore()
     z = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
-    samples = solve(network, solver, z, torch.zeros(20_000, dtype=torch.int64), 200)  # type: ignore[arg-type]
+    samples = solve(network, solver, z, torch.zeros(20_000, dtype=torch.int64), 200)
     assert network.calls == 200
     assert abs(float(samples.mean()) - 0.7) < 0.02
     assert abs(float(samples.std()) - 0.3) < 0.02
@@ -227,7 +227,7 @@ def test_every_solver_finds_the_density_of_an_exact_score(solver: Solver) -> Non
 def test_the_solver_ddim_is_ours() -> None:
     network, z = ExactScore(), torch.randn(50, 1, generator=torch.Generator().manual_seed(2))
     labels = torch.zeros(50, dtype=torch.int64)
-    theirs = solve(network, "DDIMScheduler", z, labels, 40)  # type: ignore[arg-type]
+    theirs = solve(network, "DDIMScheduler", z, labels, 40)
     torch.testing.assert_close(theirs, ddim(network, linear_schedule(), z, labels, 40), rtol=1e-4, atol=1e-4)
 
 

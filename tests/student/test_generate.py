@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kdrun import rng
 from kdrun.dataset.vocabulary import Tokenized
-from kdrun.student.generate import Completions, Sampling, complete
+from kdrun.student.generate import LOGITS_AT_ONCE, Completions, Mixed, Sampling, _rows_at_once, complete
 from kdrun.student.language import causal_lm
 from tests.dataset.texts import PADDED, V, tiny
 
@@ -287,3 +287,84 @@ def test_a_published_model_writes_what_it_writes_by_itself() -> None:
         own = model.generate(input_ids=prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None, use_cache=False)
         assert torch.equal(own[0, len(prompt) :], text)
     assert "named" in words.decode(told.tokens[0].tolist())
+
+
+# -- two that write together, and rows that are written apart -------------------------------------------------------------
+
+
+def together(one: nn.Module, other: nn.Module, sampling: Sampling, weight: float, rows: Sequence[int] = range(4)) -> Completions:
+    return complete(one, [PROMPTS[i] for i in rows], sampling, 5, IDS[list(rows)], 0, CPU, Mixed(other, weight))
+
+
+@pytest.mark.parametrize("how", [Sampling(9), Sampling(9, temperature=0.7, top_k=6), Sampling(9, stop=(3, 4))])
+def test_a_mixture_is_the_same_however_each_network_is_read(how: Sampling) -> None:
+    first, second = tiny("llama"), tiny("gpt2", seed=2)
+    told = [together(a, b, how, 0.3) for a in (first, Asked(first)) for b in (second, Asked(second))]
+    for other in told[1:]:
+        assert torch.equal(other.tokens, told[0].tokens)
+        assert torch.equal(other.lengths, told[0].lengths)
+        torch.testing.assert_close(other.log_probs, told[0].log_probs, rtol=0, atol=1e-5)
+
+
+def test_log_probabilities_of_a_mixture_are_those_of_the_mixture() -> None:
+    first, second, how = tiny("llama"), tiny("gpt2", seed=2), Sampling(8, temperature=0.8)
+    told = together(first, second, how, 0.2)
+    for row, prompt in enumerate(PROMPTS):
+        p, q = (how.log_probs(said_after(model, prompt, told.tokens[row])).exp() for model in (second, first))
+        expected = (0.2 * p + 0.8 * q).log().gather(-1, told.tokens[row][:, None])[:, 0]
+        torch.testing.assert_close(told.log_probs[row], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_at_its_ends_a_mixture_is_one_of_the_two(weight: float) -> None:
+    first, second = tiny("llama"), tiny("gpt2", seed=2)
+    mixed, alone = together(first, second, Sampling(9), weight), write(second if weight else first, Sampling(9))
+    assert torch.equal(mixed.tokens, alone.tokens)
+    torch.testing.assert_close(mixed.log_probs, alone.log_probs, rtol=0, atol=1e-5)
+
+
+def test_a_mixture_draws_what_one_of_the_two_would_never_draw() -> None:
+    """Truncated each by itself: a token that only the second keeps has a times its probability."""
+    first, second = (Constant(torch.tensor(row)) for row in ([2.0, 0.0, 0.0], [0.0, 0.0, 2.0]))
+    rows = 3000
+    told = complete(first, [torch.tensor([1])] * rows, Sampling(1, top_k=1), 9, torch.arange(rows), 0, CPU, Mixed(second, 0.25))
+    counts = torch.bincount(told.tokens.flatten(), minlength=3)
+    assert int(counts[1]) == 0
+    assert abs(int(counts[2]) / rows - 0.25) < 0.025  # three standard deviations
+    assert set(told.log_probs.exp().flatten().round(decimals=9).tolist()) == {0.25, 0.75}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Asked])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_memory_holds_changes_no_text(wrap: Any, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, how, widths = wrap(tiny()), Sampling(9, stop=(3, 4)), []
+    ask = lambda: together(network, tiny("gpt2"), how, 0.5) if mixed else write(network, how)  # noqa: E731
+    whole = ask()
+    (network if wrap is Asked else network.model).register_forward_pre_hook(
+        lambda module, args, named: widths.append(len(args[0] if args else named["input_ids"])), with_kwargs=True
+    )
+    for bound in ("LOGITS_AT_ONCE", "KEPT_AT_ONCE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"kdrun.student.generate.{bound}", 1)
+            parts = ask()
+        assert torch.equal(parts.tokens, whole.tokens)
+        assert torch.equal(parts.lengths, whole.lengths)
+        torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=0, atol=1e-5)
+        assert bound == "KEPT_AT_ONCE" or set(widths) == {1}
+
+
+def test_of_a_large_vocabulary_only_the_last_place_is_counted() -> None:
+    """A hundred rows of 150,000 tokens: with logits of every place it would be one."""
+    assert _rows_at_once(Asked(tiny()), 100) == LOGITS_AT_ONCE // (V * 100)
+    model = tiny()
+    model.vocabulary = 150_000
+    assert _rows_at_once(model, 4000) == 111
+    model.config.num_hidden_layers, model.config.head_dim, model.config.num_key_value_heads = 32, 128, 8
+    assert _rows_at_once(model, 4096) == 8  # 2 x 32 x 8 x 128 x 4096 numbers each
+
+
+def test_a_recurrent_model_is_asked_anew() -> None:
+    torch.manual_seed(0)
+    model = causal_lm(V, config={"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "vocab_size": PADDED})
+    told, plain = together(model, model, Sampling(5), 0.5), write(Asked(model), Sampling(5))
+    assert torch.equal(told.tokens, plain.tokens)

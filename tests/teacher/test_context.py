@@ -122,7 +122,8 @@ def test_padding_an_unrelated_prompt_changes_no_loss(projection: str, other: int
 def opsd(student: nn.Module, teacher: nn.Module | None, projection: str = "whole", **values: Any) -> Any:
     """The objective with its teacher told to be privileged, as the run's configuration does."""
     objective = make("opsd", projection=projection, **{"cap": 0.3, **values})
-    tree = {"teacher": {"prompt": "privileged"}, "hardware": {}, "source": {}}
+    source = {"share": 1.0, "temperature": 1.0, "writer": "student"}
+    tree = {"teacher": {"prompt": "privileged"}, "hardware": {}, "source": source}
     assert objective.problems(tree, student, teacher) == []
     started = ready("opsd", student, teacher, projection=projection, **{"cap": 0.3, **values})
     started._privileged = objective._privileged

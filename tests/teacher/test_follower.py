@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from kdrun.errors import Refused
 from kdrun.student.resnet import resnet8
 from kdrun.student.weights import sha256_of
 from kdrun.teacher.follower import EmaTeacher, Follower, SnapshotTeacher
-from kdrun.types import Batch, ModelSpec, Needs, Progress
+from kdrun.types import Batch, ModelSpec, Needs, Progress, Signal
 from tests.engine.running import run, staged
 
 SPEC = ModelSpec(10, (1, 8, 8))
@@ -60,7 +61,7 @@ def test_a_snapshot_says_nothing_in_the_first_epoch_and_the_last_epoch_s_end_aft
     for step in range(2):
         disturb(network)
         teacher.after_step(network, at(step))
-        assert teacher.signal(BATCH, LOGITS) == (None, {})
+        assert teacher.signal(BATCH, LOGITS) == Signal(None, {})
     disturb(network)
     teacher.after_step(network, at(2))  # the third of three steps
     then = copy.deepcopy(network).eval()(INPUTS)
@@ -93,7 +94,7 @@ def test_taps_are_given_and_the_student_keeps_none() -> None:
     teacher = EmaTeacher(network, SPEC, {"f1": "layer1"}, ("f1",))
     assert teacher.signal(BATCH, BOTH).taps["f1"].shape == (4, 16, 8, 8)
     assert not any(m._forward_hooks for m in network.modules())
-    assert teacher.signal(BATCH, Needs()) == (None, {})
+    assert teacher.signal(BATCH, Needs()) == Signal(None, {})
 
 
 @pytest.mark.parametrize("cls", [SnapshotTeacher, EmaTeacher])
@@ -127,3 +128,18 @@ def test_an_average_of_weights_can_teach_any_objective_on_logits(tiny: list[str]
     summary = run([*tiny, "teacher=ema", "teacher.decay=0.5", "objective=kd"], tmp_path / "run")
     assert "top1" not in summary["teacher"]  # it has no score of its own to be measured before the run
     assert "agreement" not in summary["test"]
+
+
+def test_a_copy_of_a_network_without_content_has_none_either() -> None:
+    """A plan's networks: to copy the storage that they do not have writes over other memory. Tied weights stay tied."""
+    with FakeTensorMode():
+        network = nn.Sequential(nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False))
+        network[2].weight = network[0].weight
+        follower = EmaTeacher(network, ModelSpec(3, (3,)))
+    theirs = follower.network.state_dict()
+    assert theirs.keys() == network.state_dict().keys()
+    assert all(isinstance(tensor, FakeTensor) for tensor in theirs.values())
+    assert follower.network[2].weight is follower.network[0].weight  # type: ignore[index]
+    assert follower.network[0].weight is not network[0].weight  # type: ignore[index]
+    assert not any(p.requires_grad for p in follower.network.parameters())
+    assert all(p.requires_grad for p in network.parameters())

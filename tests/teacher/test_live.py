@@ -13,7 +13,7 @@ from kdrun.config.compose import compose
 from kdrun.engine import loop
 from kdrun.engine.build import load_data
 from kdrun.engine.stage import StageRun
-from kdrun.errors import CheckFailed
+from kdrun.errors import CheckFailed, Refused
 from kdrun.student.resnet import resnet8
 from kdrun.student.taps import Tapped
 from kdrun.student.weights import bare, sha256_of
@@ -157,3 +157,45 @@ def test_renormalisation_reaches_what_is_said_and_what_is_measured(batchnorm: li
     test = next(data.batches("test", len(data.split("test"))))
     nll = nn.functional.cross_entropy(by_hand(network, test.inputs), test.targets)
     assert summary["teacher"]["nll"] == pytest.approx(float(nll), rel=1e-4)
+
+
+# -- placement ------------------------------------------------------------------------------------------------------------
+
+
+class Elsewhere(nn.Module):
+    """Says where it was asked, and speaks from there: what comes in must be on `meta`, what goes out is on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.asked: list[torch.device] = []
+
+    def forward(self, x: torch.Tensor, extra: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.asked += [x.device, *(row.device for row in extra.values())]
+        return torch.ones(len(x), 3), {"f1": torch.ones(len(x), 2)}
+
+
+def test_a_teacher_elsewhere_is_given_its_rows_there() -> None:
+    network = Elsewhere()
+    teacher = LiveTeacher(network, ModelSpec(3, (2,)))
+    teacher.to(torch.device("cpu"), torch.contiguous_format, "meta")
+    assert next(network.parameters()).device.type == "meta"
+    ids = torch.arange(4)
+    said = teacher.signal(Batch(torch.zeros(4, 2), ids, ids, ids, {"row": ids}), BOTH)
+    assert {device.type for device in network.asked} == {"meta"}
+    assert said.logits is not None
+    assert said.logits.device.type == said.taps["f1"].device.type == "cpu"
+
+
+def test_the_place_of_a_teacher_changes_no_result(batchnorm: list[str], tmp_path: Path) -> None:
+    first = run(batchnorm, tmp_path / "same")
+    assert run([*batchnorm, "teacher.placement=cpu"], tmp_path / "cpu")["test"] == first["test"]
+    hashes = [compose([*batchnorm, *more]).hash() for more in ([], ["teacher.placement=cpu"])]
+    assert hashes[0] == hashes[1]  # where it runs is not what is computed
+
+
+@pytest.mark.parametrize(("place", "words"), [("cuda:9", "there is no cuda:9 here"), ("gpu", "is no device")])
+def test_a_place_that_there_is_not_is_refused(place: str, words: str, batchnorm: list[str], tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=words):
+        run([*batchnorm, f"teacher.placement={place}"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()

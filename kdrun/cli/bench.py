@@ -1,0 +1,127 @@
+"""kdrun bench: speed and memory on this machine, as ratios of pairs that take turns in one run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from kdrun.cli.options import Json, Overrides
+
+app = typer.Typer(help="Speed and memory on this machine, as ratios of pairs that take turns in one run.", no_args_is_help=True)
+Repeats = Annotated[int, typer.Option(help="How often each case is run, in turn.", min=1)]
+
+
+class Loss(StrEnum):
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
+    cross_entropy = "cross_entropy"
+
+
+@app.command("vocab")
+def vocab(
+    vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.", min=2)] = 151936,
+    tokens: Annotated[int, typer.Option(help="Scored tokens of a step.", min=1)] = 2048,
+    width: Annotated[int, typer.Option(help="Features of a hidden state.", min=1)] = 512,
+    loss: Annotated[Loss, typer.Option(help="What compares student and teacher.")] = Loss.forward_kl,
+    repeats: Repeats = 3,
+    json: Json = False,
+) -> None:
+    """A divergence over a large vocabulary a chunk of tokens at a time, against the logits of all tokens at once."""
+    from kdrun.bench.turns import in_turns, middle, ratio
+
+    sizes = ["--loss", loss.value, "--vocab", str(vocab), "--tokens", str(tokens), "--width", str(width)]
+    cases = ("dense", "chunked")
+    told = in_turns({case: ["kdrun.bench.vocab", case, *sizes] for case in cases}, repeats, _progress(repeats))
+    ratios = {number: ratio(told["chunked"], told["dense"], number) for number in ("seconds", "bytes", "loss")}
+    document: dict[str, Any] = {
+        "vocab": vocab, "tokens": tokens, "width": width, "loss": loss.value, "repeats": repeats, "machine": _machine(),
+        "cases": told, "chunked over dense": {number: found._asdict() for number, found in ratios.items()},
+    }  # fmt: skip
+    if json:
+        from kdrun.cli.console import print_json
+
+        print_json(document)
+        return
+    rows = [
+        [
+            case,
+            f"{middle(told[case], 'seconds'):.2f} s",
+            f"{middle(told[case], 'bytes') / 2**20:,.0f} MiB",
+            f"{middle(told[case], 'loss'):.6g}",
+            f"{middle(told[case], 'gradient_off'):.1e}",
+        ]
+        for case in cases
+    ]
+    title = f"{loss.value} of {tokens:,} tokens over {vocab:,} ids, {width} features; {_machine()}"
+    _show(title, ["", "time", "memory above the inputs", "loss", "gradient off by"], rows)
+    _say(f"chunked over dense, median of {repeats} (least to largest): time {ratios['seconds']}, memory {ratios['bytes']}")
+
+
+@app.command("loop")
+def loop(
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Timed steps of each case and repetition.", min=1)] = 20,
+    usual: Annotated[bool, typer.Option("--usual/--no-usual", help="Also the usual research loop, for small images.")] = True,
+    repeats: Repeats = 3,
+    json: Json = False,
+) -> None:
+    """Training steps a second: the engine with a live teacher and with a filled cache, the same step by hand, the usual loop."""
+    from kdrun.bench.turns import in_turns, middle, ratio
+
+    cases = ("engine", "cached", "hand", *(["usual"] if usual else []))
+    words = overrides or ["recipe=kd_cifar100"]
+    told = in_turns({c: ["kdrun.bench.loop", c, "--steps", str(steps), *words] for c in cases}, repeats, _progress(repeats))
+    pairs = [("engine", "hand"), ("cached", "engine"), *((case, "usual") for case in ("engine", "cached") if usual)]
+    ratios = {f"{a} over {b}": ratio(told[a], told[b], "rate") for a, b in pairs}
+    if json:
+        from kdrun.cli.console import print_json
+
+        plain = {name: found._asdict() for name, found in ratios.items()}
+        print_json({"overrides": words, "steps": steps, "repeats": repeats, "machine": _machine(), "cases": told, "ratios": plain})
+        return
+    rows = [[case, f"{middle(told[case], 'rate'):,.0f}"] for case in cases]
+    _show(f"{' '.join(words)}; {_machine()}", ["", "samples a second"], rows)
+    for name, found in ratios.items():
+        _say(f"{name}, median of {repeats} (least to largest): {found}")
+    for case in ("engine", "cached"):
+        shares = {part: sum(t["split"][part] for t in told[case]) / repeats for part in told[case][0]["split"]}
+        _say(f"a step of {case}: " + ", ".join(f"{part} {share:.1f} %" for part, share in shares.items()))
+    if "peak_share" in told["engine"][0]:
+        _say(f"the engine reaches {100 * middle(told['engine'], 'peak_share'):.0f} % of this machine's measured peak")
+
+
+def _machine() -> str:
+    import torch
+
+    from kdrun.engine.provenance import hardware
+
+    return hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _progress(repeats: int) -> Any:
+    """A line on standard error for each case that is done."""
+    from kdrun.cli.console import err
+
+    return lambda case, repetition: err().print(f"{case}: {repetition + 1} of {repeats}")
+
+
+def _show(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    from kdrun.cli.console import out
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    out().print(table)
+
+
+def _say(line: str) -> None:
+    from kdrun.cli.console import out
+
+    out().print(line, soft_wrap=True)

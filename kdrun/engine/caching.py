@@ -1,0 +1,113 @@
+"""The cache of a stage's teacher: what does not fit, what it will cost, and the teacher that reads and fills it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdrun.cache import wanted
+from kdrun.cache.manifest import must_match, open_folder
+from kdrun.cache.store import Store, fields
+from kdrun.config.targets import allowed, component
+from kdrun.dataset.base import Data
+from kdrun.dataset.tokens import TokenSplit
+from kdrun.engine.distributed import Ranks
+from kdrun.engine.report import Reporter
+from kdrun.errors import Problem, Refused
+from kdrun.objective.base import Objective
+from kdrun.strict_json import to_json
+from kdrun.teacher.cached import CachedTeacher
+from kdrun.teacher.live import LiveTeacher
+from kdrun.types import Teacher
+
+if TYPE_CHECKING:
+    from kdrun.engine.build import Built
+
+FOLDER = "cache"  # under run.root
+
+
+def cache_problems(tree: Mapping[str, Any], data: Data, objective: Objective, teacher: Teacher) -> list[Problem]:
+    """Why what the teacher says cannot be kept as the configuration wants."""
+    if not wanted.wanted(tree):
+        return []
+    source = component(tree["source"]["_target_"], allowed(tree), "source")
+    needs = objective.needs()
+    found = wanted.problems(tree, data, objective, needs, teacher, source, epochs_of(tree, data))
+    if not found and tree["cache"]["path"] and isinstance(teacher, LiveTeacher):
+        made_of = wanted.made_of(tree, data, wanted.format_of(tree, data, objective, needs, teacher), teacher)
+        try:
+            must_match(folder_of(tree, data, made_of), made_of, leave_out=("teacher",))  # whose weights are not in place yet
+        except Refused as refused:
+            found = refused.problems
+    return found
+
+
+def epochs_of(tree: Mapping[str, Any], data: Data) -> float:
+    """How often the rows of a split are walked through."""
+    steps = tree["optim"].get("steps")
+    if not steps:
+        return float(tree["optim"]["epochs"])
+    return float(steps * int(tree["source"].get("batch_size") or len(data.split("train"))) / len(data.split("train")))
+
+
+def cached(tree: Mapping[str, Any], built: Built, ranks: Ranks, reporter: Reporter) -> Teacher:
+    """The teacher of the training rows: the built one, or that with its cache. Its weights must be in place.
+
+    Raises `Refused` where the cache that is named was made of something else.
+    """
+    live = built.teacher
+    if not wanted.wanted(tree) or not isinstance(live, LiveTeacher):
+        return live
+    data, split = built.data, built.data.split("train")
+    form = wanted.format_of(tree, data, built.objective, built.objective.needs(), live)
+    made_of = wanted.made_of(tree, data, form, live)
+    folder = folder_of(tree, data, made_of)
+    counts = wanted.counts(split)
+    if ranks.first:
+        if tree["cache"]["path"]:
+            must_match(folder, made_of)
+        else:
+            home = {**tree, "run": {**tree["run"], "root": str(Path(tree["run"]["root"]).resolve())}}
+            layout = {"record": fields(form.record), "samples": len(split), **({"counts": counts.tolist()} if (counts != 1).any() else {})}
+            open_folder(folder, made_of, {**layout, "tree": home})
+    ranks.barrier()
+    store = Store(folder, form.record, counts)
+    redrawn = wanted.Redrawn.of(tree, split)
+    teacher = CachedTeacher(live, store, form, redrawn, split.ids, data.total_ids, isinstance(split, TokenSplit))
+    reporter.note(described(tree, data, store, teacher))
+    return teacher
+
+
+def folder_of(tree: Mapping[str, Any], data: Data, made_of: Mapping[str, Any]) -> Path:
+    """Named by content: every run that asks the same teacher about the same views finds the same one."""
+    if tree["cache"]["path"]:
+        return Path(tree["cache"]["path"]).expanduser().resolve()
+    name = f"{data.name}-{str(tree['teacher']['_target_']).rpartition('.')[2]}-{hashlib.sha256(to_json(made_of).encode()).hexdigest()[:12]}"
+    return (Path(tree["run"]["root"]) / FOLDER / name).resolve()
+
+
+def described(tree: Mapping[str, Any], data: Data, store: Store, teacher: CachedTeacher) -> str:
+    """The plan in words: where, how large, how much of it is there."""
+    epochs = epochs_of(tree, data)
+    number = wanted.views(tree, data, epochs)
+    there = sum(int(store.filled(view).sum()) for view in range(number)) / (number * len(store.counts))
+    return f"{_size(teacher.form, tree, data, epochs)}; {100 * there:.0f} % of it is there ({store.folder})"
+
+
+def cache_facts(tree: Mapping[str, Any], built: Built) -> dict[str, str]:
+    """The line of `kdrun plan`."""
+    if not wanted.wanted(tree) or not isinstance(built.teacher, LiveTeacher):
+        return {}
+    form = wanted.format_of(tree, built.data, built.objective, built.objective.needs(), built.teacher)
+    return {"cache": _size(form, tree, built.data, epochs_of(tree, built.data))}
+
+
+def _size(form: Any, tree: Mapping[str, Any], data: Data, epochs: float) -> str:
+    number, items = wanted.views(tree, data, epochs), int(wanted.counts(data.split("train")).sum())
+    size = form.record.itemsize * items * number
+    what = "tokens" if data.vocabulary is not None else "samples"
+    pays = "the second run with this teacher, data and seed" if number >= epochs else f"epoch {number + 1} of {epochs:g}"
+    plural = "s" * (number != 1)
+    return f"teacher cache: {form}, {number} view{plural} of {items:,} {what}, {size / 1e6:,.1f} MB; the teacher is saved from {pays} on"
