@@ -1,4 +1,4 @@
-"""Distillation of language models, token by token: divergences over the vocabulary, position shift, reductions.
+"""Distillation of language models, token by token: divergences over the vocabulary, reductions.
 
 Every divergence takes (student logits, teacher logits, ...) [..., V] and returns one UNREDUCED value per position [...],
 in nats and in float32 or wider. q is the student's distribution, p the teacher's, both softmaxes at `temperature`; a
@@ -28,43 +28,11 @@ IGNORED = -100  # the label of a token that is not to be learned: transformers' 
 REDUCTIONS = ("token_mean", "seq_mean", "seq_sum", "dr")
 
 
-class Shifted(NamedTuple):
-    """Predictions beside the tokens they predict."""
-
-    scores: Tensor  # [B, T - 1, ...]
-    labels: Tensor  # [B, T - 1] int64
-    mask: Tensor  # [B, T - 1] bool: this token is to be learned
-
-
 class Weights(NamedTuple):
     """How a sum over tokens becomes the mean that a paper means."""
 
     weights: Tensor  # [B, T] float32, 0 where nothing is scored
     unit: str  # what the weighted sum is divided by the number of: "token" or "sample"
-
-
-def shifted(scores: Tensor, labels: Tensor) -> Shifted:
-    """Logits [B, T, V] (or hidden states [B, T, D]) beside the labels [B, T] they predict: position i scores token i + 1."""
-    targets = labels[:, 1:]
-    return Shifted(scores[:, :-1], targets, targets != IGNORED)
-
-
-def cut_vocabulary(student: Tensor, teacher: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Both logits [..., V] without the padding beyond the tokenizer's `size` ids, to be called BEFORE any softmax.
-
-    Models of one tokenizer pad their vocabularies to different round sizes. Giving the narrower one zero logits instead
-    would change its distribution. Raises `Refused` where a model is narrower than the tokenizer.
-    """
-    widths = {"student": student.shape[-1], "teacher": teacher.shape[-1]}
-    narrow = {name: width for name, width in widths.items() if width < size}
-    if narrow:
-        raise Refused(
-            [
-                Problem(f"{name} scores {width} ids, its tokenizer has {size}", name, remedy="pair models of one tokenizer")
-                for name, width in narrow.items()
-            ]
-        )
-    return student[..., :size], teacher[..., :size]
 
 
 def keep_top(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -66,16 +66,6 @@ def _ranked(values: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return found.values, values.scatter(-1, found.indices, 0.0).sum(-1)
 
 
-def aligned(student_mask: Tensor, teacher_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The scored positions that have a partner: the i-th of the student with the i-th of the teacher, up to the fewer.
-
-    Masks [B, T] and [B, T'] bool -> bool of the same shapes; `student[keep]` and `teacher[keep]` are then paired rows. The
-    masks must be those of the PREDICTING positions (`kdrun.losses.token.shifted`), one before the tokens themselves.
-    """
-    fewer = torch.minimum(student_mask.sum(1), teacher_mask.sum(1)).unsqueeze(1)
-    return student_mask & (student_mask.cumsum(1) <= fewer), teacher_mask & (teacher_mask.cumsum(1) <= fewer)
-
-
 def answers_in_turn(mask: Tensor) -> Tensor:
     """Keys for `partners` of the i-th scored token of the n-th answer: n T_max + i, T_max beyond every row.  mask [B, T] -> int64 [B, T].
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdrun.losses.token import sequence_weights
-from kdrun.losses.uld import aligned, answers_in_turn, firsts, partners, tails, uld
+from kdrun.losses.uld import answers_in_turn, firsts, partners, tails, uld
 
 STUDENT = torch.tensor([0.0, 1.0, 0.5, 0.0], dtype=torch.float64)
 TEACHER = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64).log()
@@ -69,16 +68,6 @@ def test_extreme_logits_give_the_value_of_float64_and_finite_gradients(temperatu
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), uld(student.double(), teacher.double(), temperature), rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all()
-
-
-def test_answer_tokens_are_paired_in_order_up_to_the_shorter_answer() -> None:
-    student = torch.tensor([[False, True, True, True], [True, True, False, False]])
-    teacher = torch.tensor([[True, True, False, False, False], [False, True, False, True, True]])
-    keep, partner = aligned(student, teacher)
-    assert keep.nonzero().tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
-    assert partner.nonzero().tolist() == [[0, 0], [0, 1], [1, 1], [1, 3]]
-    weights = sequence_weights(keep, "seq_mean").weights
-    assert weights.sum(1).tolist() == [1, 1]
 
 
 def test_partners_are_positions_with_the_same_key() -> None:
