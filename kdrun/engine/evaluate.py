@@ -53,8 +53,8 @@ class Evaluator:
         # What is said of a token is larger than the token.
         wide = self.data.classes if self.data.vocabulary is not None and not self.evaluation.writes else 1
         at_once = max(1, min(BATCH, ELEMENTS // max(1, wide * math.prod(self.data.input_shape))))
-        if self.evaluation.writes:  # which takes long: no rank is to be left without
-            at_once = min(at_once, -(-size // self.ranks.world))
+        # No rank is to be left without: metrics that keep rows cannot be gathered from one that has none.
+        at_once = min(at_once, max(1, -(-size // self.ranks.world)))
         pieces = torch.arange(size).split(size if self.data.whole else at_once)[self.ranks.rank :: self.ranks.world]
         return self.data.stream(split, ((index, torch.zeros_like(index)) for index in pieces), seed=0, augment=False, device=self.device)
 
