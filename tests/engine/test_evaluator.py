@@ -61,3 +61,15 @@ def test_pixels_and_boxes_are_measured_without_the_teacher() -> None:
     assert not Detection.uses_teacher
     assert not Segmentation.uses_teacher
     assert Evaluation.uses_teacher
+
+
+@pytest.mark.parametrize(("rows", "world"), [(3, 2), (7, 3), (300, 2)])
+def test_every_rank_has_rows_and_all_of_them_are_the_split(rows: int, world: int) -> None:
+    """A metric that keeps rows cannot be gathered from a rank that has none."""
+    data = StripesData(n_train=2, n_test=rows).load()
+    found = []
+    for rank in range(world):
+        evaluator = Evaluator(data, Looks(), Counting(), torch.device("cpu"), Ranks(rank=rank, world=world))
+        found.append([int(i) for batch in evaluator.batches("test") for i in batch.ids])
+    assert all(found)
+    assert sorted(i for ids in found for i in ids) == data.split("test").ids.tolist()

@@ -19,6 +19,7 @@ from kdrun.plan import critic, pipeline, writing
 from kdrun.plan.corpus import Corpus, prompts_in
 from kdrun.plan.pipeline import CORPUS, Pipeline
 from kdrun.student.weights import sha256_of
+from tests.engine.processes import kdrun_to_end
 from tests.engine.running import (
     Killed,
     assert_bit_equal,
@@ -344,3 +345,15 @@ def test_the_bench_arms_are_what_they_are_called() -> None:
     assert plans["sft"]["plan"]["_target_"].endswith("Single")
     assert (plans["sft"]["dataset"]["graph"], plans["own"]["dataset"]["graph"]) == ("human", "web")
     assert all(tree["plan"]["generate"] == plans["own"]["plan"]["generate"] for arm, tree in plans.items() if arm != "sft")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_judge_and_train_what_one_process_does(unbroken: Path, tmp_path: Path) -> None:
+    words = [word for word in SMALL if not word.startswith("hardware")]
+    ranks = ["hardware=multi_gpu", "hardware.device=cpu", "hardware.procs=2", "hardware.threads=1"]
+    done = kdrun_to_end("train", *words, *ranks, f"run.dir={tmp_path / 'two'}", f"run.root={tmp_path / 'root'}", "--json")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = lines(tmp_path / "two"), lines(unbroken)
+    assert [row["completion"] for row in ours] == [row["completion"] for row in theirs]
+    assert [row["kept"] for row in ours] == [row["kept"] for row in theirs]
+    assert summary_of(tmp_path / "two")["test"]["accept"] == summary_of(unbroken)["test"]["accept"]
