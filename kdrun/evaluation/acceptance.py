@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from kdrun.dataset.base import Data
 from kdrun.errors import RunFailed
 from kdrun.evaluation.base import Rows
 from kdrun.evaluation.generation import Generation
+from kdrun.evaluation.sums import Sums
 
 METRICS = ("accept", "greedy_accept", "unique_tails")
 PIPELINE = (
@@ -62,7 +62,7 @@ class Acceptance(Generation):
         """[rewards, different completions of each prompt, prompts], summed over all ranks."""
         # By their ids: a rank sees its share of the rows alone.
         chosen = None if self.prompts is None else torch.cat([split.ids[: self.prompts] for split in data.splits.values()])
-        sums = _Sums().to(device)
+        sums = Sums(3).to(device)
         for batch, _ in rows:
             some = torch.ones_like(batch.ids, dtype=torch.bool) if chosen is None else torch.isin(batch.ids, chosen.to(batch.ids.device))
             if not bool(some.any()):
@@ -75,21 +75,3 @@ class Acceptance(Generation):
     def _different(self, texts: list[list[int]]) -> list[set[tuple[int, ...]]]:
         """The different completions of each prompt."""
         return [{tuple(text) for text in texts[i : i + self.samples]} for i in range(0, len(texts), self.samples)]
-
-
-class _Sums(Metric):
-    """Three sums, float64, reduced over ranks at once."""
-
-    higher_is_better = None
-    full_state_update = False
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, *values: float) -> None:
-        self.total = self.total + torch.tensor(values, dtype=torch.float64, device=self.total.device)
-
-    def compute(self) -> Tensor:
-        return self.total

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from kdrun import rng
 from kdrun.dataset.base import Data
@@ -22,6 +21,7 @@ from kdrun.dataset.tokens import prompts_of
 from kdrun.errors import Problem, RunFailed
 from kdrun.evaluation.base import Evaluation, Rows
 from kdrun.evaluation.language import SAMPLES
+from kdrun.evaluation.sums import Sums
 from kdrun.student.generate import Sampling, complete
 from kdrun.types import Batch, Teacher
 
@@ -69,15 +69,15 @@ class Generation(Evaluation):
     def measure(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> dict[str, float]:
         # By their ids: a rank sees its share of the rows alone.
         chosen = None if self.prompts is None else torch.cat([split.ids[: self.prompts] for split in data.splits.values()])
-        sums = _Sums().to(device)
-        sums.update(torch.zeros(0, self.samples), 0)  # a rank may have no row
+        sums = Sums(4).to(device)  # rewards, prompts with a right completion, tokens, prompts
+        sums.update(0, 0, 0, 0)  # a rank may have no row
         for batch, _ in rows:
             batch = batch if chosen is None else _picked(batch, torch.isin(batch.ids, chosen.to(batch.ids.device)))
             if not len(batch.ids):
                 continue
             prompts, references, texts = self._written(network, batch, data, device)
-            rewards = torch.tensor(data.rewards(prompts, references, texts), dtype=torch.float64)
-            sums.update(rewards.view(-1, self.samples), sum(map(len, texts)))
+            rewards = torch.tensor(data.rewards(prompts, references, texts), dtype=torch.float64).view(-1, self.samples)
+            sums.update(rewards.sum(), (rewards > 0).any(1).sum(), sum(map(len, texts)), len(rewards))
         reward, right, tokens, asked = sums.compute().tolist()
         if not asked:
             raise RunFailed("the evaluation saw no prompt")
@@ -111,23 +111,3 @@ class Generation(Evaluation):
 
 def _picked(batch: Batch, rows: Tensor) -> Batch:
     return Batch(batch.inputs[rows], batch.targets[rows], batch.ids[rows], batch.view[rows], {})
-
-
-class _Sums(Metric):
-    """[sum of rewards, prompts with a right completion, tokens, prompts], float64, reduced over ranks at once."""
-
-    higher_is_better = None
-    full_state_update = False
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, rewards: Tensor, tokens: int) -> None:
-        """Rewards [prompts, samples] and how many tokens these completions have."""
-        added = [rewards.sum(), (rewards > 0).any(1).sum(), torch.tensor(tokens), torch.tensor(len(rewards))]
-        self.total = self.total + torch.stack([value.double() for value in added]).to(self.total.device)
-
-    def compute(self) -> Tensor:
-        return self.total

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from kdrun.dataset.base import Data
 from kdrun.evaluation.base import Rows
 from kdrun.evaluation.classification import Classification
+from kdrun.evaluation.sums import Sums
 from kdrun.losses.graph import high_frequency
 from kdrun.student.taps import ask
 
@@ -35,40 +35,30 @@ class GraphClassification(Classification):
 
     def measure(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> dict[str, float]:
         """As `Classification.measure`, and the diagnostics; `edge_kl` is absent without a teacher."""
-        meter, smoothness = self.meter(data.classes, device), _Smoothness().to(device)
+        meter, smoothness = self.meter(data.classes, device), Sums(4).to(device)
         for batch, said in rows:
             logits, own = ask(network, batch).float(), batch.targets >= 0
             if own.any():
                 meter.update(logits[own], batch.targets[own], None if said is None else said[own])
-            smoothness.update(logits, batch.extra[EDGES], said)
+            _diagnosed(smoothness, logits, batch.extra[EDGES], said)
         with warnings.catch_warnings():
             # A rank without the graph is no fault: the sums of the rank that has it are everyone's.
             warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
-            return {**meter.compute(), **smoothness.compute()}
+            return {**meter.compute(), **_means(smoothness)}
 
 
-class _Smoothness(Metric):
-    """Sums and counts behind the diagnostics, reduced over ranks at once."""
+def _diagnosed(sums: Sums, logits: Tensor, edges: Tensor, teacher_logits: Tensor | None) -> None:
+    """Add what a graph tells to the sums [cosines, distances, nodes, edges]."""
+    cosines = neighbour_cosine(logits, edges)
+    distances = logits.new_empty(0) if teacher_logits is None else high_frequency(logits, teacher_logits.float(), edges)
+    sums.update(*(row.sum(dtype=torch.float64) for row in (cosines, distances)), len(cosines), len(distances))
 
-    higher_is_better = None
-    full_state_update = False
-    total: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, edges: Tensor, teacher_logits: Tensor | None) -> None:
-        cosines = neighbour_cosine(logits, edges)
-        distances = logits.new_empty(0) if teacher_logits is None else high_frequency(logits, teacher_logits.float(), edges)
-        sums = torch.stack([row.sum(dtype=torch.float64) for row in (cosines, distances)])
-        self.total = self.total + torch.cat([sums, sums.new_tensor([len(cosines), len(distances)])])
-
-    def compute(self) -> dict[str, float]:
-        """The means; a diagnostic that nothing was measured of (no edge, no teacher) is left out."""
-        cosine, distance, nodes, edges = self.total.tolist()
-        found = {"neighbour_cosine": cosine / nodes} if nodes else {}
-        return found | ({"edge_kl": distance / edges} if edges else {})
+def _means(sums: Sums) -> dict[str, float]:
+    """The diagnostics; one that nothing was measured of (no edge, no teacher) is left out."""
+    cosine, distance, nodes, edges = sums.compute().tolist()
+    found = {"neighbour_cosine": cosine / nodes} if nodes else {}
+    return found | ({"edge_kl": distance / edges} if edges else {})
 
 
 def neighbour_cosine(logits: Tensor, edges: Tensor) -> Tensor:

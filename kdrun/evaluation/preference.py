@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from kdrun.dataset.base import Data
 from kdrun.dataset.tokens import REJECTED, beside
 from kdrun.errors import Problem
 from kdrun.evaluation.base import Rows
 from kdrun.evaluation.language import Language
+from kdrun.evaluation.sums import Sums
 from kdrun.losses.token import IGNORED, token_cross_entropy
 from kdrun.student.taps import ask
 from kdrun.types import Batch
@@ -40,11 +40,13 @@ class Preference(Language):
         return [*super().names(classes), "preferred", "preferred_by_length", "margin"]
 
     def measure(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> dict[str, float]:
-        sums = _Sums().to(device)
+        sums = Sums(4).to(device)  # pairs preferred, preferred by length, margins, pairs
 
         def compared() -> Iterator[tuple[Batch, Tensor | None]]:
             for batch, said in rows:
-                sums.update(*_log_probs(network, batch), *_log_probs(network, beside(batch, REJECTED)))
+                (chosen, length), (rejected, other) = _log_probs(network, batch), _log_probs(network, beside(batch, REJECTED))
+                gain = chosen - rejected
+                sums.update((gain > 0).sum(), (chosen / length > rejected / other).sum(), gain.sum(dtype=torch.float64), len(gain))
                 yield batch, said
 
         found = super().measure(network, compared(), data, device)
@@ -56,23 +58,3 @@ def _log_probs(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """(summed log-probability [B], scored tokens [B])."""
     labels = torch.where(batch.targets >= 0, batch.targets, IGNORED)
     return -token_cross_entropy(ask(network, batch), labels).sum(1), (batch.targets >= 0).sum(1).clamp(min=1)
-
-
-class _Sums(Metric):
-    """[preferred, preferred by length, margins, pairs], float64, reduced over ranks at once."""
-
-    higher_is_better = None
-    full_state_update = False
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, chosen: Tensor, length: Tensor, rejected: Tensor, other_length: Tensor) -> None:
-        gain = chosen - rejected
-        values = (gain > 0, chosen / length > rejected / other_length, gain, torch.ones_like(gain))
-        self.total = self.total + torch.stack([value.sum(dtype=torch.float64) for value in values])
-
-    def compute(self) -> Tensor:
-        return self.total
