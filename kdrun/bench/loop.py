@@ -143,12 +143,13 @@ def hand(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     step = by_hand(tree, built, device)
     source = built.data
     batch = int(tree["source"]["batch_size"])
-    order = torch.randperm(len(source.split("train")), generator=torch.Generator().manual_seed(0)).repeat(1 + steps * batch // IMAGES)
+    rows = len(source.split("train"))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
 
     def walk(first: int, count: int) -> float:
         started = time.perf_counter()
         for number in range(first, first + count):
-            index = order[(number * batch) % IMAGES :][:batch]
+            index = order[torch.arange(number * batch, (number + 1) * batch) % rows]
             step(source.rows("train", index, torch.zeros_like(index), 0, True, device))
         settle(device)
         return time.perf_counter() - started

@@ -20,7 +20,10 @@ def pack(folder: Path, file: Path) -> None:
     """Write `file`, compressed as its name says (.tar, .tar.gz, .tar.xz). Raises `Refused` where it exists or cannot be written."""
     if file.exists():
         raise Refused(Problem("the file exists already", str(file), "command line", "choose another name, or remove it"))
-    kind = {".gz": "gz", ".tgz": "gz", ".xz": "xz"}.get(file.suffix, "")
+    kinds = {".tar": "", ".gz": "gz", ".tgz": "gz", ".xz": "xz"}
+    if file.suffix not in kinds:
+        raise Refused(Problem("this is no name of an archive", str(file), "command line", "NAME.tar, NAME.tar.gz or NAME.tar.xz"))
+    kind = kinds[file.suffix]
     partly = file.with_name(file.name + ".part")
     try:
         with tarfile.open(partly, f"w:{kind}") as archive:  # type: ignore[call-overload]
@@ -41,9 +44,8 @@ def unpack(file: Path, root: Path) -> tuple[Path, int]:
             with tarfile.open(file) as archive:
                 archive.extractall(temporary, filter="data")
         except (OSError, tarfile.TarError) as error:
-            raise Refused(
-                Problem(f"it cannot be read ({error})", str(file), "command line", "a file that `kdrun cache pack` wrote")
-            ) from error
+            what = f"it cannot be read ({str(error).splitlines()[0]})"
+            raise Refused(Problem(what, str(file), "command line", "a file that `kdrun cache pack` wrote")) from error
         folders = [found.parent for found in Path(temporary).glob(f"*/{MANIFEST}")]
         if len(folders) != 1:
             raise Refused(Problem("this archive holds no cache", str(file), "command line", "a file that `kdrun cache pack` wrote"))

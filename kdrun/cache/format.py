@@ -59,6 +59,12 @@ class Format:
         return {"dense": f"dense {self.dtype}", "int8": "int8", "topk": f"top {self.k} + the rest"}[self.name]
 
     @property
+    def tolerance(self) -> float:
+        """How far two readings of an item by one teacher may be apart, as a share of the range of what is compared: a forward pass of
+        another batch differs in the last bits, then the format rounds."""
+        return {"fp32": 1e-4, "fp16": 2e-3}[self.dtype] if self.name != "int8" else 1e-2
+
+    @property
     def record(self) -> np.dtype[np.void]:
         """The bytes of an item."""
         number = "<f2" if self.dtype == "fp16" else "<f4"

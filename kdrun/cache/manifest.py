@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ MANIFEST, LOCK, ROWS, CHECK = "manifest.json", ".lock", ".rows", ".check"
 VERSION = 1  # of the layout; a change of it, or of what a view is, must change this number
 WORDS = {  # of what a cache is made of
     "teacher": "teacher (other weights)",
+    "network": "teacher (other settings of its network)",
     "vocabulary": "tokenizer",
     "data": "data set or transform",
     "seed": "seed (its views are others)",
@@ -37,6 +39,12 @@ def marks(folder: Path, view: int) -> NDArray[np.uint32] | None:
     """The checksums of the samples of a view, 0 where one is not there; None where nothing is."""
     file = view_file(folder, view, CHECK)
     return np.fromfile(file, np.uint32) if file.is_file() else None
+
+
+def strangers(folder: Path) -> list[str]:
+    """Files and folders in a cache's folder that no cache has."""
+    own = re.compile(rf"view-\d+({re.escape(ROWS)}|{re.escape(CHECK)})")
+    return sorted(f.name for f in folder.iterdir() if f.name not in (MANIFEST, LOCK, "manifest.part") and not own.fullmatch(f.name))
 
 
 def caches(root: Path) -> Iterator[Path]:
@@ -81,4 +89,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         remedy = f"kdrun cache rm {folder.name}"
         raise Refused(Problem(f"its manifest cannot be read ({error})", "cache.path", str(file), remedy)) from error
-    return dict(found)
+    if not isinstance(found, dict) or not {"version", "made_of", "record", "samples", "tree"} <= found.keys():
+        raise Refused(Problem("this folder is no cache", "cache.path", str(folder), "`kdrun cache ls` lists the caches"))
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrun.cache.format import Format
 from kdrun.cache.store import Ints
+from kdrun.config.schema import TEACHER_KEYS
 from kdrun.dataset.base import Data, Split, Storage, Taken
 from kdrun.dataset.tokens import Ragged, TokenSplit
 from kdrun.errors import Problem
@@ -27,22 +30,26 @@ OFF = "cache=off"
 
 
 def wanted(tree: Mapping[str, Any]) -> bool:
-    """Whether a run is to keep what its teacher says."""
-    return bool((tree.get("cache") or {}).get("format"))
+    """Whether a run is to keep what its teacher says. Without a teacher (labels alone, beside others) there is nothing to keep."""
+    return bool((tree.get("cache") or {}).get("format")) and tree["teacher"].get("kind", "none") != "none"
+
+
+def heard(needs: Needs) -> bool:
+    """Whether an objective listens to a teacher in its steps; what nobody hears is not kept."""
+    return bool(needs.teacher_logits or needs.teacher_taps)
 
 
 def problems(
     tree: Mapping[str, Any], data: Data, objective: Objective, needs: Needs, teacher: Teacher, source: Any, epochs: float
 ) -> list[Problem]:
     """Why what the teacher says cannot be kept as the configuration wants. `source`: the class that the source names."""
-    if not wanted(tree):
+    if not wanted(tree) or not (heard(needs) or needs.teacher_network):
         return []
     reasons = [
         (data.whole, f"what a teacher says of {data.name}, one graph, is computed once anyway", OFF),
         (not isinstance(teacher, LiveTeacher), f"a teacher of kind {tree['teacher'].get('kind')} says nothing that could be kept", OFF),
         (isinstance(teacher, CorruptedLive), "a corrupted teacher speaks of other samples than those of the batch", OFF),
         (needs.teacher_network, f"{type(objective).__name__} asks the teacher's network about inputs of its own", OFF),
-        (not needs.teacher_logits and not needs.teacher_taps, f"{type(objective).__name__} does not listen to the teacher", OFF),
         (not issubclass(source, Loader), "batches that are not the data set's own never come again", f"source=loader, or {OFF}"),
         (data.translated is not None, "what a teacher says in tokens of its own cannot be laid beside the student's yet", OFF),
         (bool(needs.teacher_taps) and data.vocabulary is not None, "features of texts are not kept", OFF),
@@ -130,11 +137,13 @@ def _scored(storage: Storage) -> Tensor:
     return torch.full((len(storage),), getattr(storage, "length", 1))  # a stand-in for planning: every token is scored
 
 
-def made_of(tree: Mapping[str, Any], data: Data, form: Format, teacher: LiveTeacher) -> dict[str, Any]:
-    """Everything that a stored row depends on."""
+def made_of(tree: Mapping[str, Any], data: Data, form: Format, teacher: LiveTeacher, loaded: bool = True) -> dict[str, Any]:
+    """Everything that a stored row depends on. `loaded`: whether the teacher's weights are in place, or are not known yet."""
     affine = None if teacher.affine is None else [v.tolist() for v in teacher.affine]
+    weights = sha256_of(teacher.module) if loaded else None
     return {
-        "teacher": {"sha256": sha256_of(teacher.module), "renormalised": affine, "prompt": tree["teacher"].get("prompt", "own")},
+        "teacher": {"sha256": weights, "renormalised": affine, "prompt": tree["teacher"].get("prompt", "own")},
+        "network": _described(tree["teacher"], teacher.network),
         "taps": {name: (tree["teacher"].get("taps") or {}).get(name, name) for name in form.taps},
         "data": data.fingerprint,
         "vocabulary": None if data.vocabulary is None else data.vocabulary.digest,
@@ -142,3 +151,13 @@ def made_of(tree: Mapping[str, Any], data: Data, form: Format, teacher: LiveTeac
         "format": form.describe(),
         "autocast": tree["hardware"]["dtype"],
     }
+
+
+def _described(node: Mapping[str, Any], network: nn.Module) -> str:
+    """A hash of what a network does with its weights: its layers as they print themselves, its arguments, a language model's settings."""
+    own = {k: v for k, v in node.items() if k not in TEACHER_KEYS and k not in ("name", "trust_remote_code")}
+    config: Any = getattr(network, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
+    told = json.dumps([repr(network), own, settings], sort_keys=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()

@@ -48,7 +48,7 @@ def vocab(
     rows = [
         [
             case,
-            f"{middle(told[case], 'seconds'):.2f} s",
+            f"{1000 * middle(told[case], 'seconds'):,.0f} ms",
             f"{middle(told[case], 'bytes') / 2**20:,.0f} MiB",
             f"{middle(told[case], 'loss'):.6g}",
             f"{middle(told[case], 'gradient_off'):.1e}",

@@ -18,33 +18,44 @@ Name = Annotated[str, typer.Argument(help="A cache: its name as `kdrun cache ls`
 def ls(root: Root = "outputs", json: Json = False) -> None:
     """List the caches: format, how much is there, size on disk."""
     from kdrun.cache.manifest import caches
+    from kdrun.errors import Refused
 
-    rows = [_facts(folder) for folder in caches(Path(root) / "cache")]
+    rows, broken = [], []
+    for folder in caches(Path(root) / "cache"):
+        try:
+            rows.append(_facts(folder))
+        except Refused as refused:
+            broken.append(f"{folder.name}: {refused.problems[0].what}; kdrun cache rm {folder.name}")
     if json:
         from kdrun.cli.console import print_json
 
         print_json(rows)
-    elif not rows:
+    elif not rows and not broken:
         from kdrun.cli.console import out
 
         out().print(f"there is no cache in {root}/cache; `kdrun train ... cache=dense` makes one while it trains")
-    else:
+    elif rows:
         _table(rows)
+    for line in broken:
+        from kdrun.cli.console import err
+
+        err().print(line, soft_wrap=True)
 
 
 @app.command("verify")
 def verify(
     name: Name,
     samples: Annotated[int, typer.Option(help="Rows that are computed again.", min=1)] = 64,
+    allow: Annotated[list[str] | None, typer.Option(help="A package of your own whose classes it names. May be repeated.")] = None,
     root: Root = "outputs",
     json: Json = False,
 ) -> None:
-    """Ask the teacher again about some of the rows: exit code 3 where what is kept is not what it says."""
+    """Ask the teacher again about some of the rows: exit code 3 where what is kept is not what it says (but for the format's rounding)."""
     folder = _found(name, root)
     from kdrun.engine.verifying import verify as check
     from kdrun.errors import CheckFailed
 
-    found = check(folder, samples)
+    found = check(folder, samples, allow or ())
     if json:
         from kdrun.cli.console import print_json
 
@@ -67,10 +78,16 @@ def rm(name: Name, root: Root = "outputs") -> None:
     """Remove a cache."""
     import shutil
 
-    folder = _found(name, root)
-    size = _facts(folder)["bytes"]
-    shutil.rmtree(folder)
+    from kdrun.cache.manifest import strangers
     from kdrun.cli.console import out
+    from kdrun.errors import Problem, Refused
+
+    folder = _found(name, root)
+    if others := strangers(folder):
+        what = f"this folder has files that no cache has: {', '.join(others[:6])}"
+        raise Refused(Problem(what, "cache", str(folder), "remove it by hand, if it is to go"))
+    size = _bytes(folder)
+    shutil.rmtree(folder)
 
     out().print(f"removed {folder.name}: {size / 1e6:,.1f} MB", soft_wrap=True)
 
@@ -130,10 +147,15 @@ def _facts(folder: Path) -> dict[str, Any]:
         "views": len(views),
         "samples": manifest["samples"],
         "filled": filled / (len(views) * manifest["samples"]) if views else 0.0,
-        "bytes": sum(file.stat().st_blocks * 512 for file in folder.iterdir()),
+        "bytes": _bytes(folder),
         "teacher": made_of["teacher"]["sha256"],
         "data": made_of["data"],
     }
+
+
+def _bytes(folder: Path) -> int:
+    """On disk: a file that fills up has holes."""
+    return sum(file.stat().st_blocks * 512 for file in folder.iterdir())
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

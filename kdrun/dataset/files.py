@@ -17,15 +17,17 @@ from torch import Tensor
 
 from kdrun.errors import Problem, Refused, did_you_mean
 
-Format = Literal["auto", "parquet", "imagefolder", "csv", "jsonl", "txt", "disk", "npz"]
+Format = Literal["auto", "parquet", "imagefolder", "csv", "tsv", "jsonl", "txt", "disk", "npz"]
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "csv": (".csv", ".csv.gz"),
+    "tsv": (".tsv", ".tsv.gz"),
     "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
     "npz": (".npz",),
 }
 LINES = (".txt", ".txt.gz")  # a row is a line
-LOADERS = {"jsonl": "json", "txt": "text"}  # what the library calls them
+LOADERS = {"jsonl": "json", "txt": "text", "tsv": "csv"}  # what the library calls them
+SETTINGS: Mapping[str, Mapping[str, str]] = {"tsv": {"sep": "\t"}}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
@@ -96,7 +98,8 @@ class Files:
 
     def _from_path(self, path: Path) -> dict[str, Table]:
         if not path.exists():
-            raise Refused(Problem("no such folder or file", "dataset.path", str(path), self._how_to_get()))
+            near = did_you_mean(path.name, [f.name for f in path.parent.iterdir()]) if path.parent.is_dir() and path.suffix else ""
+            raise Refused(Problem("no such folder or file", "dataset.path", str(path), near or self._how_to_get()))
         files = _files_below(path)
         form = self._detect(path, files) if self.format == "auto" else self.format
         try:
@@ -106,8 +109,10 @@ class Files:
                 return self._open_disk(path)
             return self._open_files(path if path.is_dir() else path.parent, files, form)
         except _load_errors() as error:
-            what = f"cannot be read as {form} ({_first_line(error)})"
-            raise Refused(Problem(what, "dataset.path", str(path), self._how_to_get())) from error
+            empty = [file.name for file in files if not file.stat().st_size]
+            why = f"{empty[0]} is empty" if empty else _first_line(error.__cause__ or error)
+            remedy = "mend the file, or dataset.format=..." if path.is_file() else self._how_to_get()
+            raise Refused(Problem(f"cannot be read as {form} ({why})", "dataset.path", str(path), remedy)) from error
 
     def _detect(self, path: Path, files: Sequence[Path]) -> str:
         names = {f.name for f in files}
@@ -133,7 +138,7 @@ class Files:
         patterns = {ours: [str(f) for f in some] for ours, some in chosen.items()}
         if by_folder:
             patterns = {ours: [str(path / theirs / "**")] for ours, theirs in self.splits.items()}
-        found = load_dataset(LOADERS.get(form, form), data_files=patterns)
+        found = load_dataset(LOADERS.get(form, form), data_files=patterns, **SETTINGS.get(form, {}))
         return {ours: Table(found[ours], f"{path} ({self.splits[ours]})", tuple(chosen[ours])) for ours in self.splits}
 
     def _open_disk(self, path: Path) -> dict[str, Table]:
@@ -273,4 +278,4 @@ def _load_errors() -> tuple[type[Exception], ...]:
     from datasets.exceptions import DatasetsError
 
     # Network and file faults, bad archives and arrays, and what the library wraps; anything else is a bug and shows itself.
-    return (OSError, ValueError, DatasetsError)
+    return (OSError, ValueError, DatasetsError, StopIteration)  # StopIteration: what it makes of an empty file

@@ -34,6 +34,7 @@ USUAL: Mapping[str, tuple[str, ...]] = {  # by what a row is: the columns that s
     "rejected": ("rejected",),
     "reasoning": ("reasoning", "thinking", "trace"),
 }
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # of turns {from, value}
 Long = Literal["refuse", "drop", "cut"]
 
 
@@ -166,7 +167,7 @@ class TextData:
         except (OSError, ValueError) as error:
             trust = "trust_remote_code" in str(error)
             remedy = "dataset.trust_remote_code=true, if you trust its code" if trust else "a hub name or a folder with tokenizer.json"
-            what = f"no tokenizer can be had from {name} ({str(error).strip().splitlines()[0]})"
+            what = f"no tokenizer can be had from {name} ({' '.join(str(error).split())[:200]})"
             raise Refused(Problem(what, key, "", remedy)) from error
 
     def _column(self, table: Table, what: str) -> str | None:
@@ -327,9 +328,16 @@ def _cut(row: Sample, length: int) -> Sample:
     return row._replace(tokens=row.tokens[:length], scored=row.scored[:length], beside=others, stretches=known)
 
 
+def _turn(turn: Any) -> Any:
+    """A turn as {role, content}, also of one that is written {from, value}, as in the sets called after ShareGPT."""
+    if not isinstance(turn, Mapping) or turn.get("role") or not turn.get("from"):
+        return turn
+    return {**turn, "role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn.get("value")}
+
+
 def _talks(table: Table, column: str) -> list[Any]:
     """The conversations of a column. Raises `Refused` for rows that are none, and for those in which the assistant says nothing."""
-    talks = [row or [] for row in table.rows[column]]
+    talks = [[_turn(turn) for turn in row or []] for row in table.rows[column]]
     says = lambda turn: bool(turn.get("tool_calls") or str(turn.get("content") or "").strip())  # noqa: E731
     whole = lambda turn: turn.get("role") and (turn.get("content") is not None or turn.get("tool_calls"))  # noqa: E731
     formless = [i for i, row in enumerate(talks) if not all(map(whole, row))]

@@ -22,11 +22,12 @@ from kdrun.engine.device import channels_last, placement_problems
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
 from kdrun.engine.records import STUDENT_FILE
-from kdrun.engine.texts import packing_problems, text_problems
+from kdrun.engine.texts import context_problems, packing_problems, text_problems
 from kdrun.engine.writing import writing_problems
 from kdrun.errors import Problem, Refused, did_you_mean
 from kdrun.objective.base import Objective
 from kdrun.student.build import build as build_network
+from kdrun.student.language import position_limit
 from kdrun.student.taps import Tapped, model_spec
 from kdrun.student.weights import load_weights
 from kdrun.teacher.corrupted import CorruptedLive, CorruptedTruth, Corruption
@@ -97,7 +98,7 @@ def build(
     _check_needs(tree, data, objective, teacher, tuple(getattr(network, "takes", ())), problems)
     live = {"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {}
     problems += text_problems(data, {"student": network, **live}, objective)
-    problems += packing_problems(tree, data, {"student": network, **live})
+    problems += packing_problems(tree, data, {"student": network, **live}) + context_problems(data, {"student": network, **live})
     problems += beside_problems(tree, data, objective)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     problems += writing_problems(tree, data, objective, evaluation, {"student": network, **live})
@@ -276,8 +277,10 @@ def _spec(
 ) -> ModelSpec | None:
     """The outside of a network on this data with the taps that are asked for, or None with the reasons on the list."""
     node = tree[who]
+    # The longest row that is allowed may be longer than any is, and than what the network has positions for.
+    shape = data.input_shape if data.vocabulary is None else (min(data.input_shape[0], position_limit(network) or data.input_shape[0]),)
     try:
-        spec = model_spec(network, data.input_shape, node.get("taps") or {}, list(asked), f"{who}.taps", asked)
+        spec = model_spec(network, shape, node.get("taps") or {}, list(asked), f"{who}.taps", asked)
     except Refused as refused:
         problems += refused.problems
         return None

@@ -35,8 +35,8 @@ def cache_problems(tree: Mapping[str, Any], data: Data, objective: Objective, te
     source = component(tree["source"]["_target_"], allowed(tree), "source")
     needs = objective.needs()
     found = wanted.problems(tree, data, objective, needs, teacher, source, epochs_of(tree, data))
-    if not found and tree["cache"]["path"] and isinstance(teacher, LiveTeacher):
-        made_of = wanted.made_of(tree, data, wanted.format_of(tree, data, objective, needs, teacher), teacher)
+    if not found and tree["cache"]["path"] and wanted.heard(needs) and isinstance(teacher, LiveTeacher):
+        made_of = wanted.made_of(tree, data, wanted.format_of(tree, data, objective, needs, teacher), teacher, loaded=False)
         try:
             must_match(folder_of(tree, data, made_of), made_of, leave_out=("teacher",))  # whose weights are not in place yet
         except Refused as refused:
@@ -57,11 +57,14 @@ def cached(tree: Mapping[str, Any], built: Built, ranks: Ranks, reporter: Report
 
     Raises `Refused` where the cache that is named was made of something else.
     """
-    live = built.teacher
+    live, needs = built.teacher, built.objective.needs()
     if not wanted.wanted(tree) or not isinstance(live, LiveTeacher):
         return live
+    if not wanted.heard(needs):
+        reporter.note(f"teacher cache: not used, {type(built.objective).__name__} does not listen to the teacher")
+        return live
     data, split = built.data, built.data.split("train")
-    form = wanted.format_of(tree, data, built.objective, built.objective.needs(), live)
+    form = wanted.format_of(tree, data, built.objective, needs, live)
     made_of = wanted.made_of(tree, data, form, live)
     folder = folder_of(tree, data, made_of)
     counts = wanted.counts(split)
@@ -93,12 +96,14 @@ def described(tree: Mapping[str, Any], data: Data, store: Store, teacher: Cached
     epochs = epochs_of(tree, data)
     number = wanted.views(tree, data, epochs)
     there = sum(int(store.filled(view).sum()) for view in range(number)) / (number * len(store.counts))
+    if there == 1:
+        return f"teacher cache: {teacher.form}, all {number} views are there, the teacher is not asked ({store.folder})"
     return f"{_size(teacher.form, tree, data, epochs)}; {100 * there:.0f} % of it is there ({store.folder})"
 
 
 def cache_facts(tree: Mapping[str, Any], built: Built) -> dict[str, str]:
     """The line of `kdrun plan`."""
-    if not wanted.wanted(tree) or not isinstance(built.teacher, LiveTeacher):
+    if not wanted.wanted(tree) or not isinstance(built.teacher, LiveTeacher) or not wanted.heard(built.objective.needs()):
         return {}
     form = wanted.format_of(tree, built.data, built.objective, built.objective.needs(), built.teacher)
     return {"cache": _size(form, tree, built.data, epochs_of(tree, built.data))}

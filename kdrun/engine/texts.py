@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from kdrun.dataset.base import Data
+from kdrun.dataset.tokens import TEACHER, Ragged, TokenSplit
 from kdrun.dataset.vocabulary import Tokenized, Vocabulary
 from kdrun.errors import Problem
 from kdrun.objective.base import Objective
 from kdrun.objective.ce import CE
-from kdrun.student.language import is_recurrent
+from kdrun.student.language import is_recurrent, position_limit
 from kdrun.student.taps import reads_tokens
 
 SAME_FAMILY = 0.01  # share of ids at which tokenizers may differ and be taken for one
@@ -54,6 +55,25 @@ def text_problems(data: Data, networks: Mapping[str, nn.Module], objective: Obje
     if not of_tokens and type(objective) is not CE:
         what = f"{name} learns one label of each sample, and {data.name} is text"
         found.append(Problem(what, "objective", data.name, "objective=sft, objective=lm_kd or objective=taid"))
+    return found
+
+
+def context_problems(data: Data, networks: Mapping[str, nn.Module]) -> list[Problem]:
+    """Rows that are longer than a network has positions for: rotary ones would be read beyond what it was made for, without a word."""
+    found = []
+    for who, network in networks.items():
+        limit, longest = position_limit(network), 0
+        for split in data.splits.values():
+            if not isinstance(split, TokenSplit):
+                continue
+            theirs = split.beside.get(TEACHER) if who == "teacher" else None
+            others = [storage for key, storage in split.beside.items() if key != TEACHER] if who == "student" else []
+            read = [storage for storage in (theirs or split.storage, *others) if isinstance(storage, Ragged) and len(storage.positions)]
+            longest = max([longest, *(int(storage.positions.max()) for storage in read)])  # the last token of a row is not read
+        if limit is not None and longest > limit:
+            what = f"the longest row has {longest + 1} tokens, and the {who} has {limit} positions"
+            remedy = f"dataset.max_length={limit} dataset.too_long=cut (or drop), or a model with more positions"
+            found.append(Problem(what, "dataset.max_length", data.name, remedy))
     return found
 
 

@@ -37,7 +37,7 @@ class Preference(Language):
         return [Problem(what, "evaluation", data.name, "evaluation=language, or rows with prompt, chosen and rejected")]
 
     def names(self, classes: int | None = None) -> list[str]:
-        return [*super().names(classes), "preferred", "preferred_by_length", "margin"]
+        return ["preferred", "preferred_by_length", "margin", *super().names(classes)]
 
     def measure(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> dict[str, float]:
         sums = Sums(4).to(device)  # pairs preferred, preferred by length, margins, pairs
@@ -51,7 +51,7 @@ class Preference(Language):
 
         found = super().measure(network, compared(), data, device)
         preferred, by_length, margin, pairs = sums.compute().tolist()
-        return found | {"preferred": 100 * preferred / pairs, "preferred_by_length": 100 * by_length / pairs, "margin": margin / pairs}
+        return {"preferred": 100 * preferred / pairs, "preferred_by_length": 100 * by_length / pairs, "margin": margin / pairs} | found
 
 
 def _log_probs(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

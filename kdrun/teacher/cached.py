@@ -21,7 +21,8 @@ from kdrun.errors import CheckFailed
 from kdrun.teacher.live import LiveTeacher
 from kdrun.types import Batch, Kept, ModelSpec, Needs, Progress, Signal
 
-FAR = 0.05  # of the range of a batch: a row that differs by more was not said by this teacher of this view
+SLACK = 5.0  # times the format's tolerance: a row that differs by more was not said by this teacher of this view
+COARSE = 0.05  # instead, under autocast, whose rounding depends on the batch
 
 
 class CachedTeacher:
@@ -76,10 +77,11 @@ class CachedTeacher:
         """Once in a process: what is kept of a batch against what the teacher says of it now."""
         now = self.form.decode(self.encoded(batch, needs), "cpu")
         off = difference(kept, now)
-        if off > FAR:
+        coarse = torch.is_autocast_enabled(batch.inputs.device.type)
+        if off > (COARSE if coarse else SLACK * self.form.tolerance):
             raise CheckFailed(
                 f"the cache {self.store.folder} does not hold what this teacher says of these views: "
-                f"off by {100 * off:.0f} % of the range of a batch.\n"
+                f"off by {100 * off:.2g} % of the range of a batch.\n"
                 f"  remedy  kdrun cache verify {self.store.folder.name}; kdrun cache rm {self.store.folder.name}; or cache=off"
             )
         self._checked = True

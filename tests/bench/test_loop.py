@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kdrun.bench.loop import by_hand, engine, hand, parts, random_images, usual
+from kdrun.dataset.base import Data
 from kdrun.engine import loop
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
@@ -60,6 +61,20 @@ def test_every_case_tells_a_rate() -> None:
     assert told["peak_share"] > 0
     assert engine(SMALL, 2, True)["rate"] > 0
     assert hand(SMALL, 2)["rate"] > 0
+
+
+def test_by_hand_every_step_has_a_whole_batch_of_small_data_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    original = Data.rows
+
+    def rows(self: Data, split: str, index: torch.Tensor, *rest: object) -> object:
+        sizes.append(len(index))
+        return original(self, split, index, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Data, "rows", rows)
+    small = ["dataset=digits", "dataset.subset=40", "dataset.subset_test=10", "student=mlp", "source.batch_size=16"]
+    assert hand([*small, "objective=ce", "hardware=cpu", "hardware.threads=1"], 4)["rate"] > 0
+    assert set(sizes) == {16}
 
 
 def test_what_has_no_such_case_is_refused() -> None:

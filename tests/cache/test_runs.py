@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kdrun.cache.manifest import caches, read_manifest
+from kdrun.cache.wanted import _described
 from kdrun.errors import CheckFailed, Refused
 from kdrun.losses.divergence import cross_entropy, kl_divergence
 from kdrun.losses.sparse import rest_bucket
@@ -177,12 +178,30 @@ def _kept(scaled: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, tor
     return ids, largest, log_probs.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
+@pytest.mark.parametrize("words", [["objective=ce"], ["objective=ce", "teacher=none"]])
+def test_an_arm_that_hears_no_teacher_keeps_nothing(words: list[str], tmp_path: Path) -> None:
+    """Labels alone, beside arms that are taught."""
+    base = [w for w in IMAGES if not (w.startswith("teacher") and "teacher=none" in words)]
+    assert "cache" not in run([*base, *words, "cache=dense"], tmp_path / "run")
+    assert folders(tmp_path) == []
+
+
+def test_what_a_network_does_with_its_weights_is_a_part_of_who_it_is() -> None:
+    def network(slope: float = 0.0, eps: float = 1e-5) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3, eps=eps), torch.nn.LeakyReLU(slope))
+
+    node = {"_target_": "mine.net", "width": 3, "checkpoint": "a", "seed": 1, "name": "here"}
+    one = _described(node, network())
+    assert one == _described({**node, "checkpoint": "b", "seed": 2, "name": "there"}, network())
+    others = [_described(node, network(slope=0.5)), _described(node, network(eps=1e-2)), _described({**node, "scale": 2.0}, network())]
+    assert len({one, *others}) == 4
+
+
 @pytest.mark.parametrize(
     ("words", "key", "remedy"),
     [
         (["objective=dkd", "cache=topk", "cache.k=3"], "cache.format", "cache=dense"),
         (["cache=topk"], "cache.k", "1 to 9"),
-        (["objective=ce", "cache=dense"], "cache.format", "cache=off"),
         (["teacher=ema", "teacher.fit={}", "cache=dense"], "cache.format", "cache=off"),
         (["cache=dense", "cache.limit_gb=0.000001"], "cache.limit_gb", "cache=int8"),
         (["cache=dense", "cache.path=nowhere"], "cache.path", "kdrun cache ls"),

@@ -161,3 +161,16 @@ def test_rollouts_of_texts_of_ones_own_are_distilled(pair: list[str], here: Path
     told = [line["generated_tokens"] for line in read_lines(here / "run" / "metrics.jsonl") if "loss" in line]
     assert 0 < told[-1] < 6 * 4 * 5
     assert len(set(told)) > 1
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_rows_beyond_a_models_context_are_refused(who: str, pair: list[str], refusal: Callable[..., list[Problem]], tmp_path: Path) -> None:
+    """Rotary positions would be read beyond what they were trained for, without a word."""
+    write_jsonl(tmp_path / "my.jsonl", [*pairs(20), {"prompt": "what is", "completion": "one two three four " * 8}] * 2)
+    words = [word for word in SMALL if "max_length" not in word]
+    problem = only(
+        refusal("train", *pair, *words, "dataset.max_length=64", f"+{who}.config.max_position_embeddings=16", "run.rivals=false")
+    )
+    assert problem.key == "dataset.max_length"
+    assert f"the {who} has 16 positions" in problem.head
+    assert "dataset.max_length=16 dataset.too_long=cut" in problem.remedy

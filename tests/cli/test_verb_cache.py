@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,46 @@ def test_a_wrong_name_removes_nothing_and_names_the_nearest(root: Path, kdrun: C
     removed = kdrun("cache", "rm", name, "--root", str(root))
     assert removed.code == 0
     assert not (root / "cache" / name).exists()
+
+
+def test_a_manifest_from_elsewhere_runs_no_code(root: Path, tmp_path: Path, kdrun: Command) -> None:
+    file = root / "cache" / name_in(root) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["tree"]["run"]["allow"] = ["posix"]
+    manifest["tree"]["student"] = {"_target_": "posix.system", "command": f"touch {tmp_path / 'ran'}", "taps": {}}
+    file.write_text(json.dumps(manifest))
+    found = kdrun("cache", "verify", file.parent.name, "--root", str(root))
+    assert found.code == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_broken_cache_is_told_and_can_be_removed_and_the_others_are_listed(root: Path, kdrun: Command) -> None:
+    broken = root / "cache" / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    found = kdrun("cache", "ls", "--root", str(root))
+    assert found.code == 0
+    assert "int8" in found.out
+    assert "kdrun cache rm broken" in found.err
+    assert kdrun("cache", "rm", "broken", "--root", str(root)).code == 0
+    assert not broken.exists()
+
+
+def test_a_folder_that_is_no_cache_is_not_removed(root: Path, tmp_path: Path, kdrun: Command) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "a page"}')
+    (site / "index.html").write_text("<html>")
+    for verb in ("rm", "verify"):
+        found = kdrun("cache", verb, str(site), "--root", str(root))
+        assert found.code == 2, verb
+    assert (site / "index.html").is_file()
+
+
+def test_an_archive_has_the_name_of_one(root: Path, tmp_path: Path, kdrun: Command) -> None:
+    found = kdrun("cache", "pack", name_in(root), str(tmp_path / "cache.zip"), "--root", str(root))
+    assert found.code == 2
+    assert "NAME.tar.gz" in found.err
 
 
 def test_a_cache_travels_in_one_file(root: Path, tmp_path: Path, kdrun: Command) -> None:

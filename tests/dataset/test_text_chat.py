@@ -72,10 +72,18 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_for_several_and_used_
     assert found == (ids("<user> what is one <end> <assistant> two . <end>"), ids("two . <end>"))
 
 
+def test_turns_of_from_and_value_are_turns_of_role_and_content(tmp_path: Path, chatting: Path) -> None:
+    """As in the sets that are called after ShareGPT."""
+    usual = [{"role": "user", "content": "what is one"}, {"role": "assistant", "content": "two"}]
+    theirs = [{"from": "human", "value": "what is one"}, {"from": "gpt", "value": "two"}]
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", [{"conversations": turns}] * 4) for i, turns in enumerate((usual, theirs))]
+    assert tokens(load(files[0], chatting)) == tokens(load(files[1], chatting))
+
+
 @pytest.mark.parametrize(
     ("turns", "told"),
     [
-        ([{"from": "human", "value": "why"}, {"from": "gpt", "value": "Because"}], "role and content"),
+        ([{"speaker": "human", "text": "why"}, {"speaker": "gpt", "text": "Because"}], "role and content"),
         ([{"role": "user"}, {"role": "assistant", "content": "two"}], "role and content"),
         ([{"role": "user", "content": "why"}], "no answer"),
         ([], "no answer"),

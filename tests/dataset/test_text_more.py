@@ -148,3 +148,22 @@ def test_a_line_of_plain_text_is_a_row(suffix: str, tmp_path: Path, tokenizer: P
     assert [row for row, _ in tokens(data) + tokens(data, "test")] == [
         [BOS, *ids(line), EOS] for line in ("one two three", "four five", "six seven eight", "plus is")
     ]
+
+
+def test_a_table_with_tabs_is_read(tmp_path: Path, tokenizer: Path) -> None:
+    rows = "prompt\tcompletion\n" + "".join(f"{row['prompt']}\t{row['completion']}\n" for row in pairs(4))
+    (tmp_path / "x.tsv").write_text(rows)
+    with gzip.open(tmp_path / "y.tsv.gz", "wt") as file:
+        file.write(rows)
+    usual = tokens(load(write_jsonl(tmp_path / "z.jsonl", pairs(4)), tokenizer))
+    assert tokens(load(tmp_path / "x.tsv", tokenizer)) == tokens(load(tmp_path / "y.tsv.gz", tokenizer)) == usual
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "nothing.jsonl").write_text("")
+    (tmp_path / "torn.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    assert "nothing.jsonl is empty" in refusal(tmp_path / "nothing.jsonl", tokenizer)[0]
+    what, key, remedy = refusal(tmp_path / "torn.jsonl", tokenizer)
+    assert "JSON" in what
+    assert (key, "mend the file" in remedy) == ("dataset.path", True)
+    assert "torn.jsonl" in refusal(tmp_path / "turn.jsonl", tokenizer)[2]  # the nearest name
