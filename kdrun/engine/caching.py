@@ -38,7 +38,8 @@ def cache_problems(tree: Mapping[str, Any], data: Data, objective: Objective, te
     if not found and tree["cache"]["path"] and wanted.heard(needs) and isinstance(teacher, LiveTeacher):
         made_of = wanted.made_of(tree, data, wanted.format_of(tree, data, objective, needs, teacher), teacher, loaded=False)
         try:
-            must_match(folder_of(tree, data, made_of), made_of, leave_out=("teacher",))  # whose weights are not in place yet
+            # The weights are not in place yet, and a plan has another shape of the network than its hub name has.
+            must_match(folder_of(tree, data, made_of), made_of, leave_out=("teacher", "network"))
         except Refused as refused:
             found = refused.problems
     return found
