@@ -113,7 +113,8 @@ def _show(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
     from kdrun.cli.console import out
 
-    table = Table(title=title, title_justify="left")
+    _say(title)  # as a line: a table's title is broken where the table is narrow
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
