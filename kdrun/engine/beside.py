@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from kdrun.cache.wanted import wanted
 from kdrun.dataset.base import Data
 from kdrun.dataset.tokens import REJECTED, STRETCHES
 from kdrun.errors import Problem
@@ -55,9 +54,6 @@ def _translated(tree: Mapping[str, Any], data: Data, objective: Objective) -> li
     if tree["source"].get("share") is not None:
         what = "texts that are written during training are known in the student's tokens alone"
         found.append(Problem(what, "source", data.name, f"source=loader, or {one}"))
-    if wanted(tree):
-        what = "what a teacher says of its own tokens is not kept"
-        found.append(Problem(what, "cache", data.name, "cache=off"))
     if tree["evaluation"].get("primary") in BESIDE_TEACHER:
         what = f"'{tree['evaluation']['primary']}' compares what teacher and student say of one id"
         found.append(Problem(what, "evaluation.primary", data.name, "evaluation.primary=nll"))
