@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,11 @@ def home() -> Path:
     package = Path(__file__).resolve().parent.parent
     source = package.parent
     return source if (source / "conf" / "config.yaml").is_file() and (source / "recipes").is_dir() else package / "_data"
+
+
+def kept() -> Path:
+    """The folder of what is kept between runs and can be made again: KDRUN_CACHE, or .cache/kdrun of the user."""
+    return Path(os.environ.get("KDRUN_CACHE") or Path.home() / ".cache" / "kdrun")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Image augmentation whose every draw is a function of (seed, view, sample id).
 
 `PadCropFlip` and `Rotate` are batched tensor code on uint8 images, on whatever device they lie; `ResizedCropFlip` runs torchvision's
-transforms image by image in the workers. All end in torchvision's ToTensor and Normalize, to the last bit.
+transforms image by image in the workers. All end in torchvision's ToTensor and Normalize, to the last bit. `Augmented` puts what changes
+colours and erases around one of them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 
 from kdrun import rng
 from kdrun.dataset.base import Request
+from kdrun.dataset.colour import lighting
+from kdrun.dataset.erase import Erase
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -50,6 +53,8 @@ class PadCropFlip:
     padding: int = 0  # pixels on every side
     flip: float = 0.0  # probability
 
+    by_image: ClassVar[bool] = False
+
     @property
     def random(self) -> bool:
         return bool(self.padding or self.flip)
@@ -58,10 +63,13 @@ class PadCropFlip:
         return image
 
     def batch(self, inputs: Tensor, request: Request) -> Tensor:
-        if request.augment and self.random:
-            corner, mirrored = (d.to(inputs.device, non_blocking=True) for d in self.draws(request))
-            inputs = crop_flip(inputs, corner, mirrored, self.padding)
-        return self.normalise(inputs)
+        return self.normalise(self.place(inputs, request))
+
+    def place(self, inputs: Tensor, request: Request) -> Tensor:
+        if not request.augment or not self.random:
+            return inputs
+        corner, mirrored = (d.to(inputs.device, non_blocking=True) for d in self.draws(request))
+        return crop_flip(inputs, corner, mirrored, self.padding)
 
     def draws(self, request: Request) -> tuple[Tensor, Tensor]:
         """Where each crop begins in the padded image, (top, left) int64 [B, 2] in [0, 2 * padding]; which are mirrored, bool [B].
@@ -92,14 +100,22 @@ class Rotate:
 
     then: PadCropFlip
     degrees: float  # of rotation at most, either way
+    by_image: ClassVar[bool] = False
+
+    @property
+    def normalise(self) -> Normalise:
+        return self.then.normalise
 
     def sample(self, image: Any, key: int | None) -> Any:
         return self.then.sample(image, key)
 
     def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        return self.normalise(self.place(inputs, request))
+
+    def place(self, inputs: Tensor, request: Request) -> Tensor:
         if request.augment:
             inputs = rotate(inputs, self.draws(request).to(inputs.device, non_blocking=True))
-        return self.then.batch(inputs, request)
+        return self.then.place(inputs, request)
 
     def draws(self, request: Request) -> Tensor:
         """The angle of every image in degrees, float32 [B], uniform in [-degrees, degrees)."""
@@ -129,6 +145,7 @@ class ResizedCropFlip:
     flip: float = 0.5
     eval_resize: int = 256  # shorter side before the centre crop
     eval_interpolation: Interpolation = "bilinear"
+    by_image: ClassVar[bool] = True
 
     def sample(self, image: Any, key: int | None) -> Any:
         from torchvision.transforms import CenterCrop, InterpolationMode, RandomHorizontalFlip, RandomResizedCrop, Resize
@@ -141,6 +158,62 @@ class ResizedCropFlip:
 
     def batch(self, inputs: Tensor, request: Request) -> Tensor:
         return self.normalise(inputs)
+
+    def place(self, inputs: Tensor, request: Request) -> Tensor:
+        return inputs
+
+
+class Crop(Protocol):
+    """A transform that only moves pixels before it normalises them."""
+
+    by_image: ClassVar[bool]  # whether `sample` moves them, in the workers; else `place` does, on the device
+
+    @property
+    def normalise(self) -> Normalise: ...
+    def sample(self, image: Any, key: int | None) -> Any: ...
+    def batch(self, inputs: Tensor, request: Request) -> Tensor: ...
+    def place(self, inputs: Tensor, request: Request) -> Tensor:
+        """uint8 [B, C, H, W] -> the same."""
+
+
+class Recolour(Protocol):
+    """What changes the colours of uint8 images: one PIL image by the global generators, or a batch by counters."""
+
+    def sample(self, image: Any) -> Any: ...
+    def batch(self, images: Tensor, request: Request) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """A crop, then changes of colour one after the other, then the lighting of AlexNet, the normalisation and random erasing: the order of
+    torchvision's reference training, and for the lighting that of the public ResNet code."""
+
+    crop: Crop
+    recolours: tuple[Recolour, ...] = ()
+    lighting: float = 0.0  # standard deviation
+    erase: Erase | None = None
+    random: ClassVar[bool] = True
+
+    def sample(self, image: Any, key: int | None) -> Any:
+        image = self.crop.sample(image, key)
+        if key is None or not self.crop.by_image:
+            return image
+        with local_rng(rng.key(key, "colours")):  # so that the crop is the same with and without
+            for recolour in self.recolours:
+                image = recolour.sample(image)
+        return image
+
+    def batch(self, inputs: Tensor, request: Request) -> Tensor:
+        if not request.augment:
+            return self.crop.batch(inputs, request)
+        inputs = self.crop.place(inputs, request)
+        for recolour in () if self.crop.by_image else self.recolours:
+            inputs = recolour.batch(inputs, request)
+        inputs = self.crop.normalise(inputs)
+        if self.lighting:
+            added = lighting(request, self.lighting) / torch.tensor(self.crop.normalise.std)
+            inputs += added.to(inputs.device, non_blocking=True)[:, :, None, None]
+        return inputs if self.erase is None else self.erase(inputs, request)
 
 
 @contextmanager

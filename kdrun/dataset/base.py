@@ -182,6 +182,7 @@ class Data:
     total_ids: int
     whole: bool = False  # the rows of a split are one graph: they can only be asked for all together, in their order
     vocabulary: Vocabulary | None = None  # of text: its classes are tokens
+    world: Callable[[Tensor], Tensor] | None = None  # of text whose truth is known: ids [B, T] -> logits [B, T, V] of the next token
     reward: Callable[[list[int], list[int]], float] | None = None  # how good a completion is: (reference tokens, written tokens)
     oracle: Callable[[list[int], list[int]], float] | None = None  # the same where no reference is needed: (prompt, written tokens)
     translated: Data | None = None  # of text: the same rows in the tokens of a teacher with a tokenizer of its own
@@ -258,7 +259,8 @@ def taken(split: Split, positions: Tensor) -> Split:
     more: dict[str, Any] = {} if theirs is None else {"privileged": Taken(theirs, positions)}
     if beside := getattr(split, "beside", None):
         more["beside"] = {name: Taken(storage, positions) for name, storage in beside.items()}
-    storage = Taken(split.storage, positions)
+    only = getattr(split.storage, "restricted", None)  # of mixed rows, whose partners are then from among those that are taken
+    storage = Taken(split.storage, positions) if only is None else only(positions)
     return replace(split, storage=storage, targets=split.targets[positions], ids=split.ids[positions], extra=extra, **more)
 
 

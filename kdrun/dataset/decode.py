@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdrun.config.paths import kept
 from kdrun.dataset.files import Table
 from kdrun.errors import Problem, Refused
 
@@ -155,10 +156,9 @@ def _pixel_array(table: Table, column: str) -> np.ndarray:
 
 def _cache_file(column: ImageColumn, decoder: Decoder) -> Path:
     """Named by everything that the decoded pixels depend on: the files' size and time of change, the column, the decoder."""
-    root = Path(os.environ.get("KDRUN_CACHE") or Path.home() / ".cache" / "kdrun")
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in column.sources]
     name = hashlib.sha256(repr((CACHE_VERSION, stamps, column.column, len(column), decoder)).encode()).hexdigest()
-    return root / "pixels" / f"{name[:32]}.npy"
+    return kept() / "pixels" / f"{name[:32]}.npy"
 
 
 def _write(file: Path, pixels: np.ndarray) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdrun import rng
+from kdrun.config.paths import kept
 from kdrun.dataset.base import Data
 from kdrun.dataset.graph import Graph, Setting, check_setting, graph_data, random_parts, undirected
 from kdrun.errors import Problem, Refused
@@ -117,8 +118,7 @@ class GraphFiles:
         return next((place / file for place in self._places() if (place / file).is_file()), None)
 
     def _cache(self) -> str:
-        root = Path(os.environ.get("KDRUN_CACHE") or Path.home() / ".cache" / "kdrun")
-        return str(root / self.home)
+        return str(kept() / self.home)
 
     def _absent(self, files: str, origin: str) -> Refused:
         folder = self._folder()

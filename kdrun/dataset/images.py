@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 
 from kdrun.dataset import labels
-from kdrun.dataset.augment import Interpolation, Normalise, PadCropFlip, ResizedCropFlip, Rotate
+from kdrun.dataset.augment import Augmented, Crop, Interpolation, Normalise, PadCropFlip, Recolour, ResizedCropFlip, Rotate
 from kdrun.dataset.base import Data, Resident, Split, Storage, Transform
+from kdrun.dataset.colour import ColorJitter
 from kdrun.dataset.decode import IMAGE_COLUMNS, Decoder, ImageColumn
+from kdrun.dataset.erase import Erase
 from kdrun.dataset.files import Files, Format, Table, extra_columns, find_column
+from kdrun.dataset.mix import Mixing, mixed
+from kdrun.dataset.policy import RAND_LEVELS, AutoAugment, Learned, RandAugment
 from kdrun.dataset.select import Selection, select
 from kdrun.dataset.streamed import Streamed
 
@@ -54,6 +59,16 @@ class ImageData:
     interpolation: Interpolation = "bilinear"
     eval_resize: int = 256
     eval_interpolation: Interpolation = "bilinear"
+    auto_augment: Learned | None = None
+    rand_augment: list[int] | None = None  # number of operations, their magnitude
+    color_jitter: list[float] | None = None  # brightness, contrast, saturation, hue
+    lighting: float = 0.0  # standard deviation
+    erasing: float = 0.0  # probability
+    erasing_value: Literal["zero", "random"] = "zero"
+    mixup: float = 0.0  # alpha of its Beta distribution
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    switch_probability: float = 0.5  # to CutMix, where both are on
     validation: float = 0.0
     subset: int | None = None
     subset_test: int | None = None
@@ -89,6 +104,31 @@ class ImageData:
         for key, span in (("scale", self.scale), ("ratio", self.ratio)):
             if len(span) != 2 or not 0 < span[0] <= span[1]:
                 raise ValueError(f"{key}={span} is two numbers above 0, the smaller first")
+        self._check_colours()
+
+    def _check_colours(self) -> None:
+        """Raises ValueError for changes of colour and erasing that cannot be."""
+        jitter, rand, channels = self.color_jitter, self.rand_augment, (self.input_shape or [3])[0]
+        if jitter is not None and (len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5):
+            legal = "[brightness, contrast, saturation, hue], none below 0, the hue up to 0.5, e.g. [0.4, 0.4, 0.4, 0.1]"
+            raise ValueError(f"color_jitter={jitter}: legal {legal}")
+        if rand is not None and (len(rand) != 2 or rand[0] < 1 or not 0 <= rand[1] < RAND_LEVELS):
+            legal = f"[number of operations from 1, magnitude from 0 to {RAND_LEVELS - 1}], e.g. [2, 9]"
+            raise ValueError(f"rand_augment={rand}: legal {legal}")
+        if rand is not None and self.auto_augment is not None:
+            raise ValueError(f"rand_augment={rand}: null beside auto_augment={self.auto_augment}")
+        if not 0 <= self.lighting < math.inf:
+            raise ValueError(f"lighting={self.lighting}: legal range [0, inf)")
+        if self.lighting and channels != 3:
+            raise ValueError(f"lighting={self.lighting}: 0 for images of one channel")
+        if not 0 <= self.erasing <= 1:
+            raise ValueError(f"erasing={self.erasing}: a probability from 0 to 1")
+        for key in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key}={getattr(self, key)}: legal range [0, inf), 0 for none")
+        for key in ("mix_probability", "switch_probability"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}={getattr(self, key)}: a probability from 0 to 1")
 
     def load(self) -> Data:
         """Read the data.
@@ -116,6 +156,9 @@ class ImageData:
             if self.resident:
                 storage = Resident(pixels[part.table][part.rows], transform)
             splits[name] = Split(storage, targets[part.table][part.rows], part.ids, further)
+        if self.mixup or self.cutmix:
+            mixing = Mixing(self.mixup, self.cutmix, self.mix_probability, self.switch_probability)
+            splits["train"] = mixed(splits["train"], mixing, shape)
         return Data(self.name, class_names, shape, mean, std, splits, sum(len(t) for t in tables.values()))
 
     def _open(self) -> dict[str, Table]:
@@ -136,6 +179,16 @@ class ImageData:
         return Decoder(channels, self.convert, (self.resize, self.resize) if self.resize else None, shape[1:] if shape else None)
 
     def _transform(self, shape: tuple[int, int, int], normalise: Normalise) -> Transform:
+        crop, erase = self._crop(shape, normalise), Erase(self.erasing, self.erasing_value) if self.erasing else None
+        recolours: list[Recolour] = [AutoAugment(self.auto_augment)] if self.auto_augment else []
+        if self.rand_augment:
+            recolours.append(RandAugment(*self.rand_augment))
+        if self.color_jitter and any(self.color_jitter):
+            recolours.append(ColorJitter(*self.color_jitter))
+        # Alone a crop is named as ever: the fingerprint of the data says which transforms they go through.
+        return Augmented(crop, tuple(recolours), self.lighting, erase) if recolours or self.lighting or erase else crop
+
+    def _crop(self, shape: tuple[int, int, int], normalise: Normalise) -> Crop:
         if self.crop == "pad":
             cropped = PadCropFlip(normalise, self.padding, self.flip)
             return Rotate(cropped, self.rotation) if self.rotation else cropped

@@ -21,6 +21,7 @@ from kdrun.engine.caching import cache_problems
 from kdrun.engine.device import channels_last, placement_problems
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.learner import Learner
+from kdrun.engine.mixing import mixing_problems
 from kdrun.engine.records import STUDENT_FILE
 from kdrun.engine.texts import context_problems, packing_problems, text_problems
 from kdrun.engine.writing import writing_problems
@@ -99,7 +100,7 @@ def build(
     live = {"teacher": teacher.network} if isinstance(teacher, LiveTeacher) else {}
     problems += text_problems(data, {"student": network, **live}, objective)
     problems += packing_problems(tree, data, {"student": network, **live}) + context_problems(data, {"student": network, **live})
-    problems += beside_problems(tree, data, objective)
+    problems += beside_problems(tree, data, objective) + mixing_problems(tree, objective)
     evaluation = instantiate(tree["evaluation"], "evaluation", allowed(tree))
     problems += writing_problems(tree, data, objective, evaluation, {"student": network, **live})
     problems += evaluation.problems(data)
@@ -356,11 +357,8 @@ def _check_needs(
             )
         )
     if needs.teacher_taps and isinstance(teacher, TruthTeacher):
-        problems.append(
-            Problem(
-                f"{name} needs features of the teacher; a known posterior has none", "teacher", "", "teacher=mlp, or an objective on logits"
-            )
-        )
+        what = f"{name} needs features of the teacher; a known posterior has none"
+        problems.append(Problem(what, "teacher", "", "teacher=mlp, or an objective on logits"))
     if needs.teacher_network and not isinstance(teacher, (LiveTeacher, NoTeacher)):
         problems.append(Problem(f"{name} needs a teacher network", "teacher", "", "a live teacher, e.g. teacher=mlp"))
     if tree["teacher"].get("kind") == "snapshot" and needs.teacher_logits and not needs.silence:

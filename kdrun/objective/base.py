@@ -26,6 +26,7 @@ class Objective:
     coupling: ClassVar[Literal["none", "batch"]] = "none"  # "batch": a term looks at several samples at once
     phases: ClassVar[tuple[str, ...]] = ("student",)  # one optimiser each
     sparse: ClassVar[Literal["bounded", "invalid"]] = "invalid"  # "bounded": takes `Signal.kept`; a lower bound of the whole loss
+    mixes: ClassVar[bool] = False  # whether its labels may be those of mixed images: all taken from `kdrun.objective._labels`
     compilable: ClassVar[bool] = True  # False where `compute` differentiates twice
 
     def needs(self) -> Needs:

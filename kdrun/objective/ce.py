@@ -8,16 +8,19 @@ Unit: nats per sample. No constants.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from kdrun.losses.divergence import cross_entropy
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Output, Progress, Signal, Term
 
 
 @dataclass(eq=False)
 class CE(Objective):
+    mixes: ClassVar[bool] = True
+
     def weights(self, progress: Progress) -> dict[str, float]:
         return {"ce": 1.0}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        return {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        return {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}

@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.precision import widen
 from kdrun.losses.relation import pearson
 from kdrun.objective._checks import require_nonnegative, require_positive
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 
@@ -28,6 +28,7 @@ from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 @dataclass(eq=False)
 class DIST(Objective):
     coupling: ClassVar[Literal["none", "batch"]] = "batch"
+    mixes: ClassVar[bool] = True
 
     ce_weight: float = 1.0
     beta: float = 2.0
@@ -48,7 +49,7 @@ class DIST(Objective):
         return {"ce": self.ce_weight, "inter": self.beta, "intra": self.gamma}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}
         if not (self.beta or self.gamma):
             return terms
         assert signal.logits is not None

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from kdrun.errors import Problem, Refused
-from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.feature import mean_squared_error
 from kdrun.objective._checks import require_nonnegative
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Context, Needs, Output, Progress, Signal, Term
 
@@ -63,6 +64,8 @@ def _as_map(shape: Sequence[int]) -> tuple[int, int, int]:
 
 @dataclass(eq=False)
 class FitNet(Objective):
+    mixes: ClassVar[bool] = True
+
     ce_weight: float = 1.0
     beta: float = 100.0
     student_tap: str = "f2"
@@ -96,7 +99,7 @@ class FitNet(Objective):
         return {"ce": self.ce_weight, "hint": self.beta}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}
         if self.beta:
             regressed = connectors["regressor"](output.taps[self.student_tap])
             terms["hint"] = Term(mean_squared_error(regressed, signal.taps[self.teacher_tap].detach()).sum(), "sample")

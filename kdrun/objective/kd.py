@@ -15,9 +15,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kdrun.losses.divergence import cross_entropy, kl_divergence
+from kdrun.losses.divergence import kl_divergence
 from kdrun.losses.sparse import rest_bucket
 from kdrun.objective._checks import require_nonnegative, require_positive
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 
@@ -25,6 +26,7 @@ from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 @dataclass(eq=False)
 class KD(Objective):
     sparse: ClassVar[Literal["bounded", "invalid"]] = "bounded"
+    mixes: ClassVar[bool] = True
 
     ce_weight: float = 0.1
     kd_weight: float = 0.9
@@ -41,7 +43,7 @@ class KD(Objective):
         return {"ce": self.ce_weight, "kd": self.kd_weight}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}
         if self.kd_weight:
             if signal.kept is not None:
                 kl, unit = rest_bucket(output.logits, *signal.kept, temperature=self.temperature).sum(), "sample"

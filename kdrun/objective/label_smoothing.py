@@ -11,18 +11,22 @@ Unit: nats per sample. Constants: epsilon 0.1 (Sec. 7; also the rival of PS-KD, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from kdrun.losses.divergence import cross_entropy, soft_cross_entropy
+from kdrun.losses.divergence import soft_cross_entropy
 from kdrun.losses.precision import widen
 from kdrun.objective._checks import require_share
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Output, Progress, Signal, Term
 
 
 @dataclass(eq=False)
 class LabelSmoothing(Objective):
+    mixes: ClassVar[bool] = True
+
     epsilon: float = 0.1
 
     def __post_init__(self) -> None:
@@ -32,7 +36,7 @@ class LabelSmoothing(Objective):
         return {"ce": 1 - self.epsilon, "uniform": self.epsilon}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}
         if self.epsilon:
             logits = widen(output.logits)
             there = (logits > -torch.inf).to(logits.dtype)

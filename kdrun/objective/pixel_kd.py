@@ -11,6 +11,7 @@ github.com/winycg/CIRKD), where the maps are compared before they are made large
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from kdrun.objective.kd import KD
 
 @dataclass(eq=False)
 class PixelKD(KD):
+    mixes: ClassVar[bool] = False
+
     ce_weight: float = 1.0
     kd_weight: float = 1.0
     temperature: float = 1.0

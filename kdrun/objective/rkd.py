@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 
-from kdrun.losses.divergence import cross_entropy
 from kdrun.losses.relation import angles, relative_distances
 from kdrun.objective._checks import require_nonnegative
+from kdrun.objective._labels import label_cross_entropy
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 
@@ -28,6 +28,7 @@ from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 @dataclass(eq=False)
 class RKD(Objective):
     coupling: ClassVar[Literal["none", "batch"]] = "batch"
+    mixes: ClassVar[bool] = True
 
     ce_weight: float = 1.0
     distance_weight: float = 25.0
@@ -50,7 +51,7 @@ class RKD(Objective):
         return {"ce": self.ce_weight, "distance": self.distance_weight, "angle": self.angle_weight}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        terms = {"ce": Term(cross_entropy(output.logits, batch.targets).sum(), "label")}
+        terms = {"ce": Term(label_cross_entropy(output.logits, batch).sum(), "label")}
         for name, weight, relation, unit in (
             ("distance", self.distance_weight, relative_distances, "pair"),
             ("angle", self.angle_weight, angles, "triplet"),

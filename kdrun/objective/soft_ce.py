@@ -9,8 +9,11 @@ RAD (Baykal et al., ICLR 2023, arXiv 2210.01213), at temperature 1 (unconfirmed)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 from kdrun.losses.divergence import soft_cross_entropy
+from kdrun.objective._labels import by_share
 from kdrun.objective.base import Objective
 from kdrun.types import Batch, Connectors, Needs, Output, Progress, Signal, Term
 
@@ -19,6 +22,8 @@ ROW = "soft_targets"
 
 @dataclass(eq=False)
 class SoftCE(Objective):
+    mixes: ClassVar[bool] = True
+
     def needs(self) -> Needs:
         return Needs(extra=(ROW,))
 
@@ -26,4 +31,5 @@ class SoftCE(Objective):
         return {"soft_ce": 1.0}
 
     def terms(self, output: Output, signal: Signal, batch: Batch, phase: str, connectors: Connectors) -> dict[str, Term]:
-        return {"soft_ce": Term(soft_cross_entropy(output.logits, batch.extra[ROW]).sum(), "sample")}
+        losses = by_share(partial(soft_cross_entropy, output.logits), batch, ROW, batch.extra[ROW])
+        return {"soft_ce": Term(losses.sum(), "sample")}

@@ -100,6 +100,16 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         of("e", padding=1),
         of("f", flip=0.5),
         of("m", rotation=20.0),
+        of("n", color_jitter=[0.4, 0.4, 0.4, 0.0]),
+        of("o", color_jitter=[0.4, 0.4, 0.4, 0.1]),
+        of("p", auto_augment="cifar10"),
+        of("q", rand_augment=[2, 9]),
+        of("r", lighting=0.1),
+        of("s", erasing=0.25),
+        of("t", erasing=0.25, erasing_value="random"),
+        of("u", mixup=1.0),
+        of("v", cutmix=1.0),
+        of("w", mixup=1.0, mix_probability=0.5),
         of("g", mean=[0.4] * 3),
         of("h", subset=6),
         of("i", validation=0.3),
@@ -107,7 +117,7 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         of("k", input_shape=[3, 8, 8], resident=False, workers=0),
         of("l", {"train": (pixel, y), "test": test}, input_shape=[3, 8, 8], resident=False, workers=0),
     ]
-    assert len({base, *changed}) == 13
+    assert len({base, *changed}) == 23
 
 
 @pytest.mark.parametrize(
@@ -129,6 +139,18 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
         ({"rotation": 20.0, "crop": "resized", "resident": False}, "dataset.crop=pad"),
         ({"scale": [0.5]}, "two numbers"),
         ({"ratio": [2.0, 0.5]}, "the smaller first"),
+        ({"color_jitter": [0.4, 0.4]}, "color_jitter=.*hue up to 0.5"),
+        ({"color_jitter": [0.4, 0.4, 0.4, 0.6]}, "hue up to 0.5"),
+        ({"rand_augment": [2, 31]}, "magnitude from 0 to 30"),
+        ({"rand_augment": [0, 9]}, "operations from 1"),
+        ({"rand_augment": [2, 9], "auto_augment": "cifar10"}, "null beside auto_augment=cifar10"),
+        ({"lighting": -0.1}, "lighting=-0.1: legal range"),
+        ({"lighting": 0.1, "input_shape": [1, 28, 28]}, "0 for images of one channel"),
+        ({"erasing": 1.5}, "erasing=1.5: a probability"),
+        ({"mixup": -1.0}, "mixup=-1.0: legal range"),
+        ({"cutmix": float("inf")}, "cutmix=inf: legal range"),
+        ({"mix_probability": 2.0}, "mix_probability=2.0: a probability"),
+        ({"switch_probability": -0.5}, "switch_probability=-0.5: a probability"),
         (
             {"crop": "resized", "resident": False, "input_shape": [3, 300, 300], "mean": [0.5] * 3, "std": [0.5] * 3},
             "smaller than the centre crop",
@@ -138,6 +160,13 @@ def test_the_fingerprint_sees_all_that_a_result_depends_on(tmp_path: Path) -> No
 def test_settings_that_no_run_can_use_are_refused_at_once(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageData("x", **kwargs)
+
+
+def test_what_is_switched_off_leaves_the_transform_as_it_was(tmp_path: Path) -> None:
+    write_parquet(tmp_path)
+    plain = {"path": str(tmp_path), "mean": [0.5] * 3, "std": [0.5] * 3, "padding": 1}
+    off = {"color_jitter": [0.0] * 4, "lighting": 0.0, "erasing": 0.0, "mixup": 0.0, "mix_probability": 0.5, "erasing_value": "random"}
+    assert ImageData("x", **plain).load().fingerprint == ImageData("x", **plain, **off).load().fingerprint
 
 
 @pytest.mark.realdata
