@@ -2,7 +2,7 @@
 
     engine   kdrun's loop as a run has it, the teacher live
     cached   the same, what the teacher says read from a cache that is there already
-    hand     the same data, networks, loss, optimiser, memory format and compilation in ten lines of PyTorch
+    hand     the same data, networks, loss, optimiser, memory format, precision and compilation in ten lines of PyTorch
     usual    PIL images through torchvision's transforms in a DataLoader with a worker for each core, nothing but eager float32
 
 `python -m kdrun.bench.loop CASE --steps N OVERRIDE...` runs one case and prints its rate. Images are random: of the size and with the
@@ -30,7 +30,8 @@ from kdrun.dataset.augment import Normalise, PadCropFlip
 from kdrun.dataset.base import Data, Resident, Split
 from kdrun.engine import loop
 from kdrun.engine.build import Built, build_first, load_data
-from kdrun.engine.device import DTYPES, decide_compile, pick_device, set_up
+from kdrun.engine.choices import Choice, Way, choose
+from kdrun.engine.device import DTYPES, pick_device, set_up, settle
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.optim import build_optimizer
 from kdrun.engine.report import Reporter
@@ -47,7 +48,7 @@ IMAGES = 4096  # random ones
 PEAK_MATMUL, PEAK_CHANNELS, PEAK_SIZE = 1024, 64, 32  # of what the machine's peak is measured on
 
 
-def parts(overrides: Sequence[str]) -> tuple[dict[str, Any], Built, torch.device]:
+def parts(overrides: Sequence[str], keep_memory: bool = True) -> tuple[dict[str, Any], Built, torch.device]:
     """What a run has before its first step: the tree, the parts on their device. Weights are drawn, not loaded: they cost the same."""
     composed = compose(list(overrides))
     check(composed)
@@ -55,9 +56,10 @@ def parts(overrides: Sequence[str]) -> tuple[dict[str, Any], Built, torch.device
     for who in ("teacher", "student"):
         tree[who] = {**tree[who], **{key: False for key in ("pretrained", "pretrained_backbone") if key in tree[who]}}
     device = pick_device(tree["hardware"])
-    set_up(tree["hardware"], device)
+    set_up(tree["hardware"], device, keep_memory)
     data = random_images(tree["dataset"]) or load_data(tree)
-    return tree, build_first(tree, data, device, Ranks()), device
+    tree["run"]["log_every"] = 10**9
+    return tree, replace(build_first(tree, data, device, Ranks()), total_steps=10**6), device
 
 
 def random_images(node: Mapping[str, Any]) -> Data | None:
@@ -74,6 +76,16 @@ def random_images(node: Mapping[str, Any]) -> Data | None:
     return Data("random images", names, tuple(shape), tuple(node["mean"]), tuple(node["std"]), {"train": split, "test": test}, IMAGES + 64)
 
 
+class Notes(Reporter):
+    """Keeps what a stage says of its choices."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
 class Silent:
     """Hooks that do nothing."""
 
@@ -88,8 +100,8 @@ def engine(overrides: Sequence[str], steps: int, cached: bool) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as root:
         more = ["cache=dense", f"run.root={root}"] if cached else []
         tree, built, device = parts([*overrides, *more])
-        tree["run"]["log_every"] = 10**9
-        stage = make_stage(tree, replace(built, total_steps=10**6), device, Ranks(), "student", Reporter())
+        notes = Notes()
+        stage = make_stage(tree, built, device, Ranks(), "student", notes)
 
         def walk(count: int, first: int | None = None) -> float:
             stage.step = stage.step if first is None else first
@@ -104,7 +116,7 @@ def engine(overrides: Sequence[str], steps: int, cached: bool) -> dict[str, Any]
         spent = split_of(stage, lambda: walk(steps, WARM_UP))
     batch = int(tree["source"]["batch_size"])
     rate = steps * batch / seconds
-    found: dict[str, Any] = {"rate": rate, "split": spent}
+    found: dict[str, Any] = {"rate": rate, "split": spent, "notes": notes.told}
     if isinstance(built.teacher, LiveTeacher) and not cached:
         shape = built.data.input_shape
         flops = 3 * cost.flops(built.network, shape) + cost.flops(bare(built.teacher.module), shape)
@@ -140,7 +152,8 @@ def split_of(stage: loop.Stage, walk: Callable[[], float]) -> dict[str, float]:
 def hand(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     """The rate of the same step without the engine."""
     tree, built, device = parts(overrides)
-    step = by_hand(tree, built, device)
+    stage = make_stage(tree, built, device, Ranks(), "student", Reporter())
+    step = by_hand(tree, built, device, choose(stage, built, tree, Reporter(), None))
     source = built.data
     batch = int(tree["source"]["batch_size"])
     rows = len(source.split("train"))
@@ -158,7 +171,7 @@ def hand(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     return {"rate": steps * batch / walk(WARM_UP, steps)}
 
 
-def by_hand(tree: Mapping[str, Any], built: Built, device: torch.device) -> Callable[[Batch], None]:
+def by_hand(tree: Mapping[str, Any], built: Built, device: torch.device, choice: Choice) -> Callable[[Batch], None]:
     """A training step in plain PyTorch. Raises `Refused` for objectives that look at more than logits."""
     objective, needs = built.objective, built.objective.needs()
     student, teacher = built.network.train(), bare(built.teacher.module).eval() if isinstance(built.teacher, LiveTeacher) else None
@@ -166,17 +179,22 @@ def by_hand(tree: Mapping[str, Any], built: Built, device: torch.device) -> Call
         raise Refused(Problem("the step by hand is that of an objective on logits", "objective", "", "objective=kd, ce, dkd, pld, ..."))
     optimizer = build_optimizer(list(student.parameters()), tree["optim"])
     weights = objective.weights(Progress(0, 10**6, 100))
-    autocast = DTYPES[tree["hardware"]["dtype"]]
-    if decide_compile(tree["hardware"], device, 10**6, objective.compilable)[0]:
-        student, teacher = torch.compile(student), None if teacher is None else torch.compile(teacher)  # type: ignore[assignment]
+    autocast = DTYPES[choice.dtype]
+    if built.memory_format == torch.channels_last:
+        student = student.to(memory_format=choice.student.memory_format)
+        teacher = None if teacher is None else teacher.to(memory_format=choice.teacher.memory_format)
+    if choice.student.compiled:
+        student = torch.compile(student)  # type: ignore[assignment]
+    if choice.teacher.compiled and teacher is not None:
+        teacher = torch.compile(teacher, options={"freezing": True} if device.type == "cpu" else None)  # type: ignore[assignment]
 
     def step(batch: Batch) -> None:
-        inputs = batch.inputs.contiguous(memory_format=built.memory_format) if batch.inputs.dim() == 4 else batch.inputs
-        batch = batch._replace(inputs=inputs)
+        inputs = batch.inputs
+        packed = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             with torch.no_grad():
-                said = None if teacher is None else teacher(inputs)
-            output = Output(student(inputs), {}, {})
+                said = None if teacher is None else teacher(packed if choice.teacher.channels_last else inputs)
+            output = Output(student(packed if choice.student.channels_last else inputs), {}, {})
             terms = objective.terms(output, Signal(said, {}), batch, "student", nn.ModuleDict())
             loss = torch.stack([weights[name] * term.sum for name, term in terms.items()]).sum() / len(inputs)
         optimizer.zero_grad(set_to_none=True)
@@ -190,7 +208,8 @@ def usual(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     """The rate of the loop that most research code has. Raises `Refused` for data that are no such images."""
     from torchvision import transforms
 
-    tree, built, device = parts([*overrides, "hardware.compile=off", "hardware.dtype=fp32", "hardware.channels_last=false"])
+    plain = ["hardware.compile=off", "hardware.dtype=fp32", "hardware.channels_last=false"]
+    tree, built, device = parts([*overrides, *plain], keep_memory=False)
     node, storage = tree["dataset"], built.data.split("train").storage
     if built.data.name != "random images" or not isinstance(storage, Resident):
         what = f"the usual loop is one of small images with padding, crop and flip, and {tree['dataset'].get('name')} has others"
@@ -203,7 +222,7 @@ def usual(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     loader = torch.utils.data.DataLoader(
         rows, batch, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True, persistent_workers=True
     )
-    step = by_hand(tree, built, device)
+    step = by_hand(tree, built, device, Choice(Way(False, False), Way(False, False), "fp32", ""))
 
     def batches() -> Any:
         while True:
@@ -259,11 +278,6 @@ def peak_flops(device: torch.device) -> float:
             seconds.append(time.perf_counter() - started)
         found.append(flops / min(seconds))
     return max(found)
-
-
-def settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ class Hardware:
     procs: int | None = 1  # ranks on one machine; null: one per GPU
     wrap: Literal["ddp", "fsdp2"] = "ddp"
     micro_batch: int | list[int] | None = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     compile: Literal["auto", "on", "off"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
     threads: int | None = None

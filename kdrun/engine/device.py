@@ -1,7 +1,8 @@
-"""Device, precision and compilation: what was chosen and why, in one line each."""
+"""Device, memory format and process-wide settings."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -10,9 +11,13 @@ from typing import Any
 
 import torch
 
+from kdrun.config.paths import kept
 from kdrun.errors import Problem, Refused
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "auto": None}  # auto: what kdrun.engine.choices finds
+# Of mallopt(3): its parameters' numbers in glibc's malloc.h, and their values in bytes.
+M_TRIM_THRESHOLD, NEVER_TRIM = -1, 2**31 - 1
+M_MMAP_THRESHOLD, HEAP_BLOCK = -3, 2**30
 
 
 def pick_device(hardware: Mapping[str, Any], local_rank: int = 0) -> torch.device:
@@ -43,31 +48,36 @@ def placement_problems(tree: Mapping[str, Any], objective: Any) -> list[Problem]
     return []
 
 
-def set_up(hardware: Mapping[str, Any], device: torch.device) -> None:
+def set_up(hardware: Mapping[str, Any], device: torch.device, keep_memory: bool = True) -> None:
     """Process-wide settings that change speed, not results beyond float tolerance."""
     if hardware.get("threads"):
         torch.set_num_threads(int(hardware["threads"]))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept() / "inductor"))  # compiled code, for the next run
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    elif keep_memory:
+        keep_freed_memory()
     if hardware.get("deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
 
-def decide_compile(hardware: Mapping[str, Any], device: torch.device, total_steps: int, compilable: bool = True) -> tuple[bool, str]:
-    """(compile?, the reason). `auto` compiles on a GPU for runs that are long enough to pay for it, and not on a CPU,
-    where compiled convolutions are measured to be slower for some pairs."""
-    wanted = hardware["compile"]
-    if not compilable:
-        return False, "compile off: this objective cannot be compiled"
-    if wanted != "auto":
-        return wanted == "on", f"compile {wanted}: as asked"
-    if device.type != "cuda":
-        return False, "compile off: auto does not compile on a CPU (hardware.compile=on tries)"
-    if total_steps < 500:
-        return False, f"compile off: {total_steps} steps would not repay about a minute of compilation"
-    return True, f"compile on: {total_steps} steps on a GPU"
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees: glibc gives large blocks back at once, and to fault them in anew costs every step of a
+    convolutional network thousands of page faults on a CPU. Nothing where the C library is another."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+    mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until an accelerator has done what it was asked to do: before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def channels_last(hardware: Mapping[str, Any], input_shape: tuple[int, ...]) -> bool:

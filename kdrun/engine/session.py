@@ -15,9 +15,10 @@ from kdrun.dataset.base import Data
 from kdrun.engine import state
 from kdrun.engine.build import TEACHER, Built, build, build_first, start_from, start_from_teacher
 from kdrun.engine.distributed import Ranks
+from kdrun.engine.forecast import forecast
 from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
-from kdrun.engine.records import STUDENT_FILE, SUMMARY, write_json
+from kdrun.engine.records import STUDENT_FILE, SUMMARY, read_json, write_json
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import StageRun, make_stage
 from kdrun.engine.summary import Result, conclude, provenance_of, summarise, teacher_line
@@ -86,7 +87,7 @@ class Session:
         self._initial[id(built)] = sha256_of(built.network)
         if isinstance(built.teacher, LiveTeacher):
             self._initial[id(built.teacher)] = sha256_of(built.teacher.module)
-        stage = make_stage(tree or built.tree, built, self.device, self.ranks, (name or "student").replace("/", " "), self.reporter)
+        stage = make_stage(tree or built.tree, built, self.device, self.ranks, (name or "student").replace("/", " "), self.reporter, folder)
         if self.ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             if name is None:
@@ -99,9 +100,18 @@ class Session:
 
     def train(self, name: str | None, built: Built, tree: Mapping[str, Any] | None = None) -> StageRun:
         run = self.prepare(name, built, tree)
+        if name is None:
+            self._foretell(run)
         run.advance()
         self._check_untouched(built)
         return run
+
+    def _foretell(self, run: StageRun) -> None:
+        """Write down what the run is expected to cost, before it costs anything."""
+        run.forecast = forecast(run.tree, run.built, run.stage)
+        file = self.folder / PROVENANCE
+        if self.ranks.first and run.forecast is not None:
+            write_json(file, {**read_json(file), "predicted": run.forecast.predicted})
 
     def _check_untouched(self, built: Built) -> None:
         """Law 6."""
@@ -125,6 +135,8 @@ class Session:
         student = training.exported()
         summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {}, self._spent())
         summary |= {**(facts or {}), "folder": str(self.folder)}
+        if training.forecast is not None:
+            summary |= training.forecast.record(training.stage, training.spent()[0])
         if self.ranks.first:
             if not (self.folder / PROVENANCE).is_file():
                 self._write_provenance(built)

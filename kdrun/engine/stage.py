@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from kdrun.engine import loop, shard, state
 from kdrun.engine.build import Built, build_student_network, open_source
 from kdrun.engine.caching import cached
-from kdrun.engine.device import DTYPES, decide_compile, peak_memory_bytes
+from kdrun.engine.choices import apply, choose
+from kdrun.engine.device import DTYPES, peak_memory_bytes
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
+from kdrun.engine.forecast import Forecast
 from kdrun.engine.loop import NotFinite, Stage
 from kdrun.engine.optim import build_ema, build_optimizer, build_schedule, for_phase
 from kdrun.engine.records import MetricsFile, write_json
@@ -43,8 +46,10 @@ class Stopped(KdrunError):
     exit_code = 75
 
 
-def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks, name: str, reporter: Reporter) -> Stage:
-    """The loop's view of a stage, at step 0."""
+def make_stage(
+    tree: Mapping[str, Any], built: Built, device: torch.device, ranks: Ranks, name: str, reporter: Reporter, folder: Path | None = None
+) -> Stage:
+    """The loop's view of a stage, at step 0; `folder` is where it is kept how its networks are computed."""
     hardware, optim, objective, learner = tree["hardware"], tree["optim"], built.objective, built.learner
     source = open_source(tree, built.data, device, ranks)
     if isinstance(source, Writes):
@@ -52,9 +57,9 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         source.attach(built.network, teacher, built.total_steps, DTYPES[hardware["dtype"]])
     start_objective(built, device)
     ema = build_ema(built.network, optim["ema"])
-    compiled, reason = decide_compile(hardware, device, built.total_steps, objective.compilable)
-    reporter.note(reason)
-    forward = wrap(learner, built, compiled, hardware, device, ranks, reporter)
+    norms(learner, hardware, device, ranks, reporter)
+    if ranks.world > 1 and hardware["wrap"] == "fsdp2":
+        shard.shard(learner, ranks, device)
     optimizers, schedules = {}, {}
     for phase in objective.phases:
         parameters = [p for n, p in learner.named_parameters() if n.startswith(objective.trained_in(phase)) and p.requires_grad]
@@ -62,12 +67,12 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         optimizers[phase] = build_optimizer(parameters, of_phase)
         schedules[phase] = build_schedule(optimizers[phase], of_phase["schedule"], built.steps_per_epoch, built.total_steps)
     limit = DRY_STEPS if tree["run"]["dry"] else tree["run"]["max_steps"]
-    return Stage(
+    stage = Stage(
         name=name,
         seed=tree["seed"],
         learner=learner,
-        forward=forward,
-        teacher=cached(tree, built, ranks, reporter),
+        forward=learner,
+        teacher=built.teacher,
         objective=objective,
         source=source,
         optimizers=optimizers,
@@ -83,6 +88,15 @@ def make_stage(tree: Mapping[str, Any], built: Built, device: torch.device, rank
         ema=ema,
         last_step=limit,
     )
+    choice = choose(stage, built, tree, reporter, folder)
+    apply(choice, stage, built)
+    if ranks.world > 1 and not shard.is_sharded(learner):
+        # No phase of several gives every parameter a gradient, and neither does a step in which a connector's term has no weight.
+        partial = len(objective.phases) > 1 or len(learner.connectors) > 0
+        ids = [device.index] if device.type == "cuda" else None
+        stage.forward = DistributedDataParallel(stage.forward, device_ids=ids, find_unused_parameters=partial)
+    stage.teacher = cached({**tree, "hardware": {**hardware, "dtype": choice.dtype}}, built, ranks, reporter)
+    return stage
 
 
 def start_objective(built: Built, device: torch.device) -> None:
@@ -98,34 +112,16 @@ def start_objective(built: Built, device: torch.device) -> None:
     built.objective.start(Start(built.network, network, rows), built.learner.connectors)
 
 
-def wrap(
-    learner: nn.Module, built: Built, compiled: bool, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter
-) -> Any:
-    """Compile what is trained and the teacher, then share it over ranks. Only the learner is wrapped."""
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
-        if ranks.world > 1 and device.type != "cuda":
-            reporter.note(
-                "BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks"
-            )
-        elif hardware["micro_batch"] is not None:
-            reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
-    if ranks.world > 1 and hardware["wrap"] == "fsdp2":
-        return shard.shard(learner, ranks, device)
-    forward: Any = learner
-    if compiled:
-        # Compiled code is kept by the class of a network, and its guards do not look at hooks: an earlier run in this process
-        # (another arm of a comparison) would lend its taps to this one.
-        torch.compiler.reset()
-        forward = torch.compile(learner)
-        if hasattr(built.teacher, "forward"):
-            built.teacher.forward = torch.compile(built.teacher.forward)
-    if ranks.world > 1:
-        # No phase of several gives every parameter a gradient, and neither does a step in which a connector's term has no weight.
-        partial = len(built.objective.phases) > 1 or len(built.learner.connectors) > 0
-        forward = DistributedDataParallel(
-            forward, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=partial
+def norms(learner: nn.Module, hardware: Mapping[str, Any], device: torch.device, ranks: Ranks, reporter: Reporter) -> None:
+    """Say where batch normalisation makes a result depend on how a batch is cut."""
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
+        return
+    if ranks.world > 1 and device.type != "cuda":
+        reporter.note(
+            "BatchNorm: its statistics are each rank's own on the CPU (SyncBatchNorm needs GPUs); results depend on the number of ranks"
         )
-    return forward
+    elif hardware["micro_batch"] is not None:
+        reporter.note("BatchNorm: its statistics are each micro-batch's own; results depend on hardware.micro_batch")
 
 
 class StageRun:
@@ -157,6 +153,7 @@ class StageRun:
         self.rate: float | None = None  # samples per second
         self.tokens: int | None = None  # scored ones of the last logged step
         self._written: dict[str, float] = {}  # what the source's writing had cost before a resume
+        self.forecast: Forecast | None = None  # of what the stage costs
 
     # -- the loop's hooks -----------------------------------------------------------------------------------------
 
@@ -168,11 +165,12 @@ class StageRun:
         self.reporter.logged(self.stage.name, step, {**record, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
 
     def step_done(self, step: int) -> None:
-        self.reporter.step_done(self.stage.name, step)
-        if step % self.evaluate_every == 0 or step == self.end:
-            self.evaluate(step)
-        if step % self.save_every == 0 or step == self.end:
-            self.save(step)
+        with self.forecast.between_steps(step) if self.forecast else nullcontext():
+            self.reporter.step_done(self.stage.name, step)
+            if step % self.evaluate_every == 0 or step == self.end:
+                self.evaluate(step)
+            if step % self.save_every == 0 or step == self.end:
+                self.save(step)
 
     def stop_requested(self) -> bool:
         return self._stop.is_set()

@@ -63,7 +63,7 @@ def train_teacher(
             if ranks.first and not resume:
                 open_folder(folder, sub)
             ranks.barrier()
-            stage = make_stage(spec.tree, teacher_built, device, ranks, spec.name, reporter)
+            stage = make_stage(spec.tree, teacher_built, device, ranks, spec.name, reporter, folder)
             run = StageRun(spec.tree, teacher_built, stage, folder, reporter, home)
             run.begin(resume)
             run.advance()
