@@ -68,6 +68,7 @@ class TextData:
     sizes: dict[str, int] | None = None
     input_shape: list[int] | None = None
     classes: int | None = None
+    teacher_classes: int | None = None
 
     def __post_init__(self) -> None:
         if self.privileged is not None and (self.pack or "{completion}" not in self.privileged):

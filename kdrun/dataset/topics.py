@@ -64,7 +64,14 @@ class TopicData:
                 first += size
         names = tuple(f"w{i}" for i in range(self.tokens))
         vocabulary = Symbols((*names, *(f"topic{i}" for i in range(self.topics))))
-        return Data(self.name, names, (PROMPT + self.length - 1,), (), (), splits, first, vocabulary=vocabulary)
+
+        def said(ids: Tensor) -> Tensor:
+            ids = ids.cpu()
+            words = ids.clamp(max=self.tokens - 1)  # before its third token a row has no two; nothing is drawn there
+            before = torch.cat([words[:, :1], words[:, :-1]], 1)
+            return world[(ids[:, :1] - self.tokens).clamp(min=0).expand_as(ids), before, words]
+
+        return Data(self.name, names, (PROMPT + self.length - 1,), (), (), splits, first, vocabulary=vocabulary, world=said)
 
     def _draw(self, world: Tensor, part: str, size: int) -> tuple[Tensor, Tensor]:
         """(rows int64 [N, PROMPT + length], truth logits float32 [N, PROMPT + length - 1, tokens])."""

@@ -37,6 +37,9 @@ class Vocabulary(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
 
+    def text(self, ids: Sequence[int]) -> str:
+        """What people read: without special tokens."""
+
 
 @dataclass(frozen=True)
 class Symbols:
@@ -65,6 +68,9 @@ class Symbols:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(self.names[i] for i in ids)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.decode(ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +113,6 @@ class Tokenized:
         return [(i in special, str(name).encode() if i in special else _written(str(name), by_bytes)) for i, name in enumerate(names)]
 
     def text(self, ids: Sequence[int]) -> str:
-        """What people read: without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 

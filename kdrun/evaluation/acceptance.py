@@ -68,7 +68,7 @@ class Acceptance(Generation):
             if not bool(some.any()):
                 continue
             batch = batch._replace(inputs=batch.inputs[some], targets=batch.targets[some], ids=batch.ids[some])
-            prompts, references, texts = self._written(network, batch, data, device)
+            prompts, references, texts, _ = self._written(network, batch, data, device)
             sums.update(sum(data.rewards(prompts, references, texts)), sum(map(len, self._different(texts))), len(batch.ids))
         return sums.compute()
 

@@ -63,10 +63,11 @@ KINDS: dict[str, MetricKind] = {
     "perplexity": MetricKind("", False),
     "reward": MetricKind("percent", True),
     "pass_k": MetricKind("percent", True),
+    "rouge_l": MetricKind("percent", True),
     "length": MetricKind("tokens", False),
     "entropy": MetricKind("nats", True),
     "truth_entropy": MetricKind("nats", True),
-    **{name: MetricKind("nats", False) for name in ("rkl_teacher", "kl_truth", "rkl_truth")},
+    **{name: MetricKind("nats", False) for name in ("rkl_teacher", "kl_truth", "rkl_truth", "oracle_nll", "own_rkl")},
     "agreement_truth": MetricKind("percent", True),
     "head_mass": MetricKind("", True),
     "tail_mass": MetricKind("", True),
@@ -92,7 +93,11 @@ KINDS: dict[str, MetricKind] = {
 
 
 # Of published tables alone: kdrun does not measure them (a judge model, or people, are needed).
-ELSEWHERE: dict[str, MetricKind] = {"mt_bench": MetricKind("points of 10", True), "human_accept": MetricKind("percent", True)}
+ELSEWHERE: dict[str, MetricKind] = {
+    "mt_bench": MetricKind("points of 10", True),
+    "human_accept": MetricKind("percent", True),
+    "alpaca_eval": MetricKind("percent", True),
+}
 
 
 def kind(name: str) -> MetricKind | None:

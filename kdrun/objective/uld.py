@@ -11,8 +11,8 @@ probabilities in descending order, the shorter vocabulary padded with zeros. `al
 GOLD of TRL's public code.
 
 Unit: nats per token for CE; ULD has none and lies in [0, 2], its mean over an answer's pairs and then over answers (`uld_reduction`
-seq_mean, a public port of the authors' code). Constants: ce_weight 1 and uld_weight 1 are that port's defaults; the authors' runs are
-said to have 1.5, unconfirmed. Temperature 1 and no factor T^2: the port. beta 0.5 is GKD's public code (TRL).
+seq_mean, a public port of the authors' code). Constants: ce_weight 1 and uld_weight 1 are that port's defaults; the authors' code
+(llm-recipes) has uld_weight 1.5. Temperature 1 and no factor T^2: the port. beta 0.5 is GKD's public code (TRL).
 """
 
 from __future__ import annotations

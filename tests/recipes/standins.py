@@ -71,7 +71,49 @@ def write_models(folder: Path) -> dict[str, Path]:
     words.write_jsonl(folder / "openthoughts_math" / "mine.jsonl", asked)
     for split in ("train_sft", "test_sft"):
         words.write_jsonl(folder / "ultrachat_200k" / "rows" / f"{split}.jsonl", talks)
-    return {name: folder / name for name in ("text", "openthoughts_math", "ultrachat_200k")}
+    return {name: folder / name for name in ("text", "openthoughts_math", "ultrachat_200k")} | write_answers(folder)
+
+
+def write_answers(folder: Path) -> dict[str, Path]:
+    """Instructions, answers for two tokenizers and preference pairs, by data set."""
+    for name in ("dolly", "ultrafeedback_binarized", "squad_answered"):
+        words.write_tokenizer(folder / name / "tokenizer", words.TEMPLATE if name == "ultrafeedback_binarized" else None)
+    words.write_bytes_tokenizer(folder / "squad_answered" / "other", ["o n", "on e"])
+    words.write_jsonl(folder / "squad_answered" / "mine.jsonl", words.pairs(24))
+    told = [{"prompt": row["prompt"], "output": row["completion"]} for row in words.pairs(24)]
+    turns = lambda row, answer: [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]  # noqa: E731
+    compared = [
+        {"prompt": row["prompt"], "chosen": turns(row, row["completion"]), "rejected": turns(row, "one one")} for row in words.pairs(12)
+    ]
+    for split in ("train", "validation"):
+        words.write_jsonl(folder / "dolly" / "rows" / f"{split}.jsonl", told)
+    for split in ("train_prefs", "test_prefs"):
+        words.write_jsonl(folder / "ultrafeedback_binarized" / "rows" / f"{split}.jsonl", compared)
+    return {name: folder / name for name in ("dolly", "ultrafeedback_binarized", "squad_answered")}
+
+
+def stand_in_for_answers(dataset: str, folder: Path) -> list[str]:
+    """As `stand_in_for_texts`, for the sets of the baselines. Keys of a teacher that a recipe does not have are left alone (++)."""
+    gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2}
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    neox = {key: value for key, value in llama.items() if key != "num_key_value_heads"}
+    shapes = {"dolly": (gpt2, gpt2), "ultrafeedback_binarized": (llama, {}), "squad_answered": (neox, llama)}[dataset]
+    small = [*CPU, "hardware.wrap=ddp", "hardware.dtype=fp32", "dataset.max_length=64", "source.batch_size=4", "student.name=null"]
+    rows = {"vocab_size": 320 if dataset == "squad_answered" else 32}
+    small += [
+        f"{who}.config.{key}={value}"
+        for who, sizes in zip(("student", "teacher"), shapes, strict=True)
+        if sizes
+        for key, value in {**sizes, **rows}.items()
+    ]
+    if dataset == "squad_answered":
+        tokenizers = [f"dataset.tokenizer={folder}/tokenizer", f"dataset.teacher_tokenizer={folder}/other"]
+        return [*small, *tokenizers, f"dataset.path={folder}/mine.jsonl", "teacher.name=null", "teacher.dtype=fp32"]
+    small += [f"dataset.tokenizer={folder}/tokenizer", "dataset.hub=null", f"dataset.path={folder}/rows"]
+    if dataset == "ultrafeedback_binarized":
+        return [*small, "++teacher.dtype=fp32", "++teacher.name=null"]
+    few = ["source.max_new_tokens=4", "evaluation.max_new_tokens=4", "evaluation.samples=2", "evaluation.stemmer=false"]
+    return [*small, *few, "teacher.name=null", "teacher.dtype=fp32"]
 
 
 def stand_in_for_texts(dataset: str, folder: Path) -> list[str]:
@@ -115,6 +157,8 @@ def stand_in(dataset: str, folders: dict[str, Path], plan: str = "single") -> li
         return [*CPU, *files, "student.name=null", f"student.config={model}", "source.batch_size=4"]
     if dataset in ("text", "openthoughts_math", "ultrachat_200k"):
         return stand_in_for_texts(dataset, folders[dataset])
+    if dataset in ("dolly", "ultrafeedback_binarized", "squad_answered"):
+        return stand_in_for_answers(dataset, folders[dataset])
     if dataset == "tinystories":
         folder = folders["text"]
         files = [f"dataset.path={folder}/mine.jsonl", f"teacher.name={folder}/teacher", "student.config.vocab_size=32"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -109,12 +109,13 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit_and_accumulation_changes_noth
 
 
 class FakeWorker(Weights):
-    """A worker as vLLM mixes it: the model's `load_weights` keeps what it is given."""
+    """A worker as vLLM mixes it, which keeps what it is given."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Tensor] = {}
-        keep = lambda pairs: self.loaded.update({name: tensor.detach().clone() for name, tensor in pairs})  # noqa: E731
-        self.model_runner = types.SimpleNamespace(model=types.SimpleNamespace(load_weights=keep))
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, Tensor]]) -> None:
+        self.loaded = {name: tensor.detach().clone() for name, tensor in weights_iterator}
 
 
 class FakeLLM:
@@ -127,7 +128,7 @@ class FakeLLM:
         self.config = (Path(settings["model"]) / "config.json").read_text()
         FakeLLM.made.append(self)
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         self.calls.append(method)
         return [getattr(self.worker, method)(*args)]
 
@@ -175,6 +176,7 @@ def test_weights_are_handed_over_before_every_step_and_the_engine_is_made_once(f
     assert engine.settings["worker_extension_cls"] == "kdrun.student.vllm_engine.Weights"
     assert engine.settings["dtype"] == "float32"
     assert '"llama"' in engine.config
+    assert '"LlamaForCausalLM"' in engine.config
     assert [row[2] for row in rows([batch])] == [[5], [5, 6], [5, 6, 7], [5]]
     scored = batch.targets >= 0
     assert [batch.extra[BEHAVIOUR][i][scored[i]].tolist() for i in range(4)] == [[-0.25], [-0.25, -0.5], [-0.25, -0.5, -0.75], [-0.25]]
@@ -225,18 +227,33 @@ def test_merged_weights_of_adapters_are_handed_over(fake: type[FakeLLM]) -> None
     assert not torch.equal(loaded[f"{name}.weight"], model.state_dict()[f"{name}.base_layer.weight"])
 
 
-def test_without_vllm_or_a_gpu_it_is_refused_in_one_line(
+def test_without_vllm_it_is_refused_in_one_line(
     words: list[str], kdrun: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kdrun.student.vllm_engine.importlib.util.find_spec", lambda name: None)
     refused = kdrun("train", *words, "source.engine=vllm", f"run.dir={tmp_path / 'run'}")
     assert refused.code == 2, refused.err
     assert "\nsource.engine: " in refused.err
     assert "pip install vllm on a machine with a GPU" in refused.err
     assert "Traceback" not in refused.err
     assert not (tmp_path / "run").exists()
-    monkeypatch.setitem(sys.modules, "vllm", module := types.ModuleType("vllm"))
-    module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    assert ["needs a GPU" in problem.what for problem in engine_problems("vllm", tiny())] == [not torch.cuda.is_available()]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "gpu", "expected"), [(False, False, ["this vllm needs a GPU"]), (True, False, []), (False, True, []), (True, True, [])]
+)
+def test_a_vllm_that_cannot_run_here_is_refused(
+    fake: type[FakeLLM], monkeypatch: pytest.MonkeyPatch, on_cpu: bool, gpu: bool, expected: list[str]
+) -> None:
+    """vLLM itself says what it was built for."""
+    platforms = types.ModuleType("vllm.platforms")
+    platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: on_cpu)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    found = [problem.what for problem in engine_problems("vllm", tiny())]
+    assert [what.partition(",")[0] for what in found] == expected
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)  # importing it fails
+    assert ["cannot be imported" in problem.what for problem in engine_problems("vllm", tiny())] == ([] if gpu else [True])
 
 
 def test_engines_that_cannot_write_for_a_network_are_refused(fake: type[FakeLLM]) -> None:
