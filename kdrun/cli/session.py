@@ -54,14 +54,18 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
     with held(folder, fresh=not resume):
         if not resume:
             open_folder(folder, composed)
-        for number, job in enumerate(listed, 1):
+        todo = []
+        for job in listed:
             if (job.folder / SUMMARY).is_file():
                 reporter.note(f"kept: {job.arm}, seed {job.seed}")
-                continue
-            reporter.note(f"[{number}/{len(listed)}] {job.arm}, seed {job.seed}")
-            same = job.composed.tree["dataset"] == composed.tree["dataset"]
+            else:
+                todo.append(job)
+        for group in compare.packs(todo, composed.tree["run"]["packed"]):
+            names = ", ".join(f"{job.arm}, seed {job.seed}" for job in group)
+            reporter.note(f"[{listed.index(group[0]) + 1}/{len(listed)}] {names}")
+            same = data if all(job.composed.tree["dataset"] == composed.tree["dataset"] for job in group) else None
             with _resumed_whole(folder):
-                launch(job.composed, reporter, job.folder, resume=(job.folder / ORIGIN).is_file(), data=data if same else None)
+                _carry_out(group, reporter, same)
             compare.write_comparison(folder, listed)
             reporter.brief = True
         document = assess(composed, listed, folder)
@@ -70,6 +74,20 @@ def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, res
         written = write_record(composed, document)
         reporter.note(f"ledger record: {written}")
     return read_json(folder / SUMMARY)
+
+
+def _carry_out(group: list[Any], reporter: Reporter, data: Any) -> None:
+    """One job, or several side by side. Raises the first failure of a pack when all its members have ended."""
+    if len(group) == 1:
+        job = group[0]
+        launch(job.composed, reporter, job.folder, resume=(job.folder / ORIGIN).is_file(), data=data)
+        return
+    from kdrun.engine import packed
+
+    members = packed.run_packed([packed.Job(j.composed, j.folder, (j.folder / ORIGIN).is_file()) for j in group], reporter, data)
+    for member in members:
+        if member.failure is not None:
+            raise member.failure
 
 
 @contextmanager

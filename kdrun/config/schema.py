@@ -15,6 +15,7 @@ class Run:
     root: str = "outputs"
     seeds: list[int] | None = None
     rivals: bool = False
+    packed: bool = False
     dry: bool = False
     max_steps: int | None = None
     log_every: int = 50

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from kdrun.config.compose import COMMAND_LINE, Composed, compose
 from kdrun.dataset.base import Data
 from kdrun.engine.build import build_first, given_weights, start_from
 from kdrun.engine.distributed import Ranks
+from kdrun.engine.packed import key
 from kdrun.engine.records import SUMMARY, read_json, write_json
 from kdrun.engine.teaching import load_checkpoint
 from kdrun.errors import Problem, Refused
@@ -81,7 +82,9 @@ def _arm(composed: Composed, arm: str, seed: int) -> Composed:
     # A group that the rival chooses for itself is its own: the command line's choice and settings of it are the method's.
     groups = set(keys)
     own = [o for o in composed.overrides if o.lstrip("+~").partition("=")[0].split(".")[0] not in groups]
-    fixed = [f"seed={seed}", "run.rivals=false", "run.seeds=null", "run.dir=null", "run.ledger=false"]
+    fixed = [f"seed={seed}", "run.rivals=false", "run.seeds=null", "run.dir=null", "run.ledger=false", "run.packed=false"]
+    if composed.tree["run"]["packed"] and composed.tree["hardware"]["compile"] == "auto":
+        fixed.append("hardware.compile=off")
     own = [o for o in own if o.partition("=")[0] not in {f.partition("=")[0] for f in fixed}]
     try:
         found = compose([*own, *extra, *fixed], composed.config_dirs, default_recipe=composed.recipe)
@@ -90,6 +93,17 @@ def _arm(composed: Composed, arm: str, seed: int) -> Composed:
     except Refused as refused:
         raise Refused([replace(p, where=placed(p.key, p.where)) for p in refused.problems]) from refused
     return found
+
+
+def packs(listed: Iterable[Job], packed: bool) -> Iterator[list[Job]]:
+    """The jobs, those that can be packed together in one list. In the order of their first."""
+    if not packed:
+        yield from ([job] for job in listed)
+        return
+    groups: dict[str, list[Job]] = {}
+    for number, job in enumerate(listed):
+        groups.setdefault(key(job.composed.tree) or str(number), []).append(job)
+    yield from groups.values()
 
 
 def try_out(listed: list[Job], composed: Composed, data: Data | None) -> None:

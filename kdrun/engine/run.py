@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,21 @@ def execute(
 ) -> Result:
     """Run one configuration to its end. Raises `Refused` before anything is written, also where another process works in the
     folder; `CheckFailed` if the teacher is not what it is said to be, `Stopped` after a signal, `NotFinite` before a bad update."""
-    tree, ranks = composed.tree, ranks or Ranks()
+    with opened(composed, reporter, folder, resume, ranks or Ranks(), data) as session:
+        return session.plan.run(session)
+
+
+@contextmanager
+def opened(
+    composed: Composed, reporter: Reporter, folder: Path | None, resume: bool, ranks: Ranks, data: Data | None = None
+) -> Iterator[Session]:
+    """A run that was checked, in its folder, which is held while it lasts. Raises as `execute`."""
+    tree = composed.tree
     device = pick_device(tree["hardware"], ranks.local_rank)
     set_up(tree["hardware"], device)
     data = data or load_data(tree)
     plan = instantiate(tree["plan"], "plan", allowed(tree))
-    session = Session(composed, data, device, ranks, reporter, resume)
+    session = Session(composed, data, device, ranks, reporter, resume, plan)
     built = session.build()
     open_source(tree, built.data, device, ranks)  # it has its own reasons to refuse
     try_settings(tree["optim"], built.objective.phases)
@@ -52,7 +62,7 @@ def execute(
             open_folder(session.folder, composed)
         ranks.barrier()
         reporter.run_started(title(composed), session.folder, facts(composed, built, plan, device))
-        return plan.run(session)
+        yield session
 
 
 def title(composed: Composed) -> str:

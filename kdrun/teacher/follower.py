@@ -26,6 +26,7 @@ class Follower:
     """
 
     follows = True
+    way: object = None  # how it is computed (kdrun.engine.choices)
     privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
 
     def __init__(self, student: nn.Module, spec: ModelSpec, taps: Mapping[str, str] | None = None, wanted: Iterable[str] = ()) -> None:

@@ -17,6 +17,7 @@ class LiveTeacher:
 
     follows = False
     privileged = False  # whether it reads a prompt of its own (kdrun.teacher.context)
+    way: object = None  # how it is computed (kdrun.engine.choices)
     device: torch.device | None = None  # of its weights, where that is not the student's
 
     def __init__(self, module: nn.Module, spec: ModelSpec, affine: tuple[Tensor, Tensor] | None = None) -> None:
