@@ -6,13 +6,15 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from kdrun.errors import Problem, Refused
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MANIFEST, LOCK, ROWS, CHECK = "manifest.json", ".lock", ".rows", ".check"
 VERSION = 1  # of the layout; a change of it, or of what a view is, must change this number
@@ -37,6 +39,8 @@ def views_of(folder: Path) -> list[int]:
 
 def marks(folder: Path, view: int) -> NDArray[np.uint32] | None:
     """The checksums of the samples of a view, 0 where one is not there; None where nothing is."""
+    import numpy as np
+
     file = view_file(folder, view, CHECK)
     return np.fromfile(file, np.uint32) if file.is_file() else None
 

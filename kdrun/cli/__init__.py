@@ -8,9 +8,13 @@ import sys
 
 def main() -> None:
     """Entry point of the `kdrun` command: run a verb, turn what it refuses into a message and an exit code."""
+    if asked := os.environ.get("_KDRUN_COMPLETE"):
+        from kdrun.cli.shells import answer
+
+        return answer(asked)
     from kdrun.cli.app import app
     from kdrun.cli.console import complain
-    from kdrun.errors import EXIT_FAILED, KdrunError
+    from kdrun.errors import KdrunError
 
     # A model or objective of one's own may lie in the current folder; at the end of the path it shadows nothing.
     sys.path.append(os.getcwd())
@@ -24,5 +28,3 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(EXIT_FAILED)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +82,8 @@ def _packages() -> list[dict[str, str]]:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -118,6 +117,9 @@ def _machine() -> list[dict[str, str]]:
 
 
 def _disk(root: Path) -> list[dict[str, str]]:
+    import shutil
+    import tempfile
+
     parent = root.resolve()
     while not parent.exists():
         parent = parent.parent

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdrun.cli.options import ConfigDir, Json
+from kdrun.config.paths import GROUPS
+from kdrun.errors import Problem, Refused, did_you_mean
 
 if TYPE_CHECKING:
     from kdrun.config.paths import SearchPath
 
 
-class What(StrEnum):
-    recipes = "recipes"
-    objectives = "objectives"
-    teachers = "teachers"
-    students = "students"
-    datasets = "datasets"
-    runs = "runs"
+# What `kdrun ls` lists, and the folder whose files that are; runs are no options.
+KINDS = {"recipes": "recipes", **{group if group in ("optim", "hardware", "cache") else f"{group}s": group for group in GROUPS}, "runs": ""}
 
 
 def ls(
-    what: Annotated[What, typer.Argument(help="What to list.")] = What.recipes,
+    what: Annotated[str, typer.Argument(help="What to list: recipes, runs, or a group: objectives, teachers, students, ...")] = "recipes",
     root: Annotated[str, typer.Option(help="Where runs are kept (for `ls runs`).")] = "outputs",
     config_dir: ConfigDir = None,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Names only, one per line.")] = False,
 ) -> None:
-    """List recipes, objectives, teachers, students, datasets or runs."""
-    rows = (
-        _runs(Path(root))
-        if what is What.runs
-        else _options(what.value.removesuffix("s") if what is not What.recipes else "recipes", config_dir or [])
-    )
+    """List recipes, runs, or the options of a group: objectives, teachers, students, datasets, sources, plans, evaluations, ..."""
+    kind = _kind(what)
+    rows = _runs(Path(root)) if kind == "runs" else _options(KINDS[kind], config_dir or [])
     if json:
         from kdrun.cli.console import print_json
 
@@ -44,12 +37,19 @@ def ls(
         for row in rows:
             print(row["name"])
     else:
-        _table(what.value, rows)
+        _table(kind, rows)
+
+
+def _kind(what: str) -> str:
+    """Singular or plural. Raises `Refused` for what is not listed."""
+    found = next((name for name in (what, f"{what}s", what.removesuffix("s")) if name in KINDS), None)
+    if found is None:
+        raise Refused(Problem("there is no such list", what, "command line", did_you_mean(what, KINDS)))
+    return found
 
 
 def _options(group: str, config_dirs: list[str]) -> list[dict[str, Any]]:
-    import yaml
-
+    from kdrun.config.files import load
     from kdrun.config.paths import SearchPath
 
     search = SearchPath.of(config_dirs)
@@ -57,7 +57,7 @@ def _options(group: str, config_dirs: list[str]) -> list[dict[str, Any]]:
         return [{"name": name, "about": _about(search, group, name)} for name in search.options(group)]
     rows = []
     for name, file in search.options(group).items():
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        tree = load(file)
         paper = tree.get("paper") or {}
         told = f"{paper.get('title', '')} ({paper.get('year', '')})" if paper else ""
         rows.append({"name": name, "scale": tree.get("scale", "bench"), "paper": told, "about": tree.get("about", "")})
@@ -66,12 +66,13 @@ def _options(group: str, config_dirs: list[str]) -> list[dict[str, Any]]:
 
 def _about(search: SearchPath, group: str, name: str) -> str:
     """The first comment of an option's file, or of what it is made from: teacher=resnet20 is student=resnet20, a `_resnet`."""
-    import yaml
+    from kdrun.config.files import load
 
     file = search.file(group, name)
-    text = file.read_text(encoding="utf-8") if file is not None else ""
-    comment = next((line for line in text.splitlines() if line.startswith("#")), "")
-    parts = [part for part in (yaml.safe_load(text) or {}).get("defaults", []) if part != "_self_"]
+    if file is None:
+        return ""
+    comment = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")), "")
+    parts = [] if comment else [part for part in load(file).get("defaults", []) if part != "_self_"]
     if comment or not parts:
         return comment.lstrip("# ").rstrip()
     last = parts[-1]
@@ -79,14 +80,18 @@ def _about(search: SearchPath, group: str, name: str) -> str:
     return _about(search, str(other).lstrip("/").partition("@")[0], str(part))
 
 
+def run_folders(root: Path) -> list[Path]:
+    """The folders of all runs, by recipe and time; a teacher that a run has trained is no run of anybody's."""
+    found = sorted([*root.glob("*/run.json"), *root.glob("*/*/run.json")])
+    return [origin.parent for origin in found if origin.parent.parent.name not in ("teachers", "ledger")]
+
+
 def _runs(root: Path) -> list[dict[str, Any]]:
     import json
 
     rows = []
-    for origin in sorted([*root.glob("*/run.json"), *root.glob("*/*/run.json")]):
-        folder, told = origin.parent, json.loads(origin.read_text(encoding="utf-8"))
-        if folder.parent.name in ("teachers", "ledger"):
-            continue
+    for folder in run_folders(root):
+        told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8")) if (folder / "summary.json").is_file() else None
         rows.append(
             {

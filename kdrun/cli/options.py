@@ -6,15 +6,11 @@ from typing import Annotated
 
 import typer
 
-from kdrun.cli.complete import complete_override
-
 DEFAULT_RECIPE = "pld_digits"
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...", help="Hydra overrides: recipe=NAME, group=option, leaf=value.", autocompletion=complete_override
-    ),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides: recipe=NAME, group=option, leaf=value."),
 ]
 ConfigDir = Annotated[
     list[str] | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_text
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,13 +20,20 @@ def show(
     config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
-    """Show what a command line means: every setting with its origin. Imports no torch and builds nothing."""
+    """Show what a command line means: every setting with its origin; with run=FOLDER (or its name) what that run was, what came out and
+    what it was expected to cost. Imports no torch and builds nothing."""
     from kdrun.cli.console import out, print_json
     from kdrun.config.check import check
     from kdrun.config.compose import compose, flatten
 
-    composed = compose(overrides or [], config_dir or [], default_recipe(overrides))
-    check(composed, build=False)
+    run = _run(overrides or [])
+    if run is None:
+        composed = compose(overrides or [], config_dir or [], default_recipe(overrides))
+        check(composed, build=False)
+    else:
+        from kdrun.engine.records import load_run
+
+        composed = load_run(run)
     if hash:
         print(composed.hash())
         return
@@ -38,14 +47,67 @@ def show(
         other = flatten(compared.tree)
     if json:
         rows = {k: {"value": v, "origin": composed.origins.get(k, "")} for k, v in values.items()}
-        print_json(rows if other is None else {"differences": _differences(values, other)})
+        shown = rows if run is None else {"folder": str(run), "summary": _summary(run), "settings": rows}
+        print_json(shown if other is None else {"differences": _differences(values, other)})
         return
     console = out()
     if other is not None:
         _show_difference(console, composed.recipe or "this", name, _differences(values, other))
         return
-    _show_head(console, composed)
+    if run is None:
+        _show_head(console, composed)
+    else:
+        _show_run(console, run, composed.recipe)
     _show_leaves(console, values, composed.origins)
+
+
+def _run(overrides: list[str]) -> Path | None:
+    """The folder that run=... names, by its path or by its own name below outputs/. Raises `Refused` where there is none."""
+    named = [o.partition("=")[2] for o in overrides if o.startswith("run=")]
+    if not named:
+        return None
+    from kdrun.cli.listing import run_folders
+    from kdrun.errors import Problem, Refused, did_you_mean
+
+    if len(overrides) > 1:
+        other = " ".join(o for o in overrides if not o.startswith("run="))
+        raise Refused(Problem("a run is what it was", other, "command line", "leave it out; or leave out run=..."))
+    folder = Path(named[0])
+    if (folder / "run.json").is_file():
+        return folder
+    known = {found.name: found for found in run_folders(Path("outputs"))}
+    if named[0] not in known:
+        raise Refused(Problem(f"there is no run '{named[0]}'", "run", "command line", did_you_mean(named[0], known) or "a run's folder"))
+    return known[named[0]]
+
+
+def _summary(run: Path) -> dict[str, Any] | None:
+    file = run / "summary.json"
+    found: dict[str, Any] | None = json_text.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found
+
+
+def _show_run(console: Any, run: Path, recipe: str | None) -> None:
+    """The number of a run and its cost, predicted and actual."""
+    from rich.markup import escape
+
+    from kdrun.ledger.forecasts import forecast_lines
+    from kdrun.ledger.table import number
+
+    console.print(f"[bold]{escape(str(run))}[/]: {escape(recipe or 'no recipe')}", soft_wrap=True)
+    summary = _summary(run)
+    if summary is None:
+        console.print(f"not finished; kdrun resume {escape(str(run))} goes on with it", soft_wrap=True)
+    elif "arms" in summary:
+        metric = summary["metric"]
+        means = ", ".join(f"{arm} {number(row[metric]['mean'], metric)}" for arm, row in summary["arms"].items() if metric in row)
+        console.print(f"{metric}: {means}; each run of it is below {escape(str(run / 'arms'))}", soft_wrap=True)
+    else:
+        metric = summary["metric"]
+        console.print(f"{metric} {number(summary['value'], metric)} ({escape(str(summary['how']))})", soft_wrap=True)
+        for line in forecast_lines(summary):
+            console.print(line, soft_wrap=True)
+    console.print()
 
 
 def _differences(values: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
     console.print(table)
     others = {k: v for k, v in summary["test"].items() if k != metric}
     console.print("  ".join(f"{k} {'NaN' if v is None else format(v, '.4g')}" for k, v in others.items()), soft_wrap=True)
+    show_forecast(console, summary)
     changed = changed_from_recipe(composed)
     if changed and paper:
         console.print(f"[{BAD}]not the published setting[/]: {escape(', '.join(changed))} set on the command line", soft_wrap=True)
@@ -53,6 +55,14 @@ def show_run(console: Console, composed: Composed, summary: dict[str, Any]) -> N
         console.print(f"[{BAD}]tainted[/] ({escape(', '.join(summary['tainted']))}): may not enter the ledger", soft_wrap=True)
     _published_elsewhere(console, composed)
     _next_commands(console, composed, summary)
+
+
+def show_forecast(console: Console, summary: Mapping[str, Any]) -> None:
+    """What the run was expected to cost beside what it cost."""
+    from kdrun.ledger.forecasts import forecast_lines
+
+    for line in forecast_lines(summary):
+        console.print(line, soft_wrap=True)
 
 
 def show_comparison(console: Console, composed: Composed, document: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from kdrun.config import files
 from kdrun.config.paths import GROUPS, SearchPath
 
 Origins = dict[str, str]  # dotted leaf -> "conf/objective/pld.yaml:7"
@@ -14,7 +15,7 @@ Origins = dict[str, str]  # dotted leaf -> "conf/objective/pld.yaml:7"
 
 def leaves(file: Path, prefix: str = "") -> Iterator[tuple[str, int]]:
     """(dotted key, line) of every leaf of a YAML file. A list or an empty mapping is a leaf."""
-    node = yaml.compose(file.read_text(encoding="utf-8"))
+    node = files.nodes(file)
     if isinstance(node, yaml.MappingNode):
         yield from _walk(node, prefix)
 
@@ -34,7 +35,7 @@ def group_origins(search: SearchPath, group: str, name: str, prefix: str) -> Ori
     if file is None:
         return {}
     found: Origins = {}
-    for entry in (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("defaults", []):
+    for entry in files.load(file).get("defaults", []):
         if isinstance(entry, str) and entry != "_self_":
             found |= group_origins(search, group, entry, prefix)
         elif isinstance(entry, dict):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch._subclasses.fake_tensor import FakeTensor
+
 from kdrun.cache import wanted
 from kdrun.cache.manifest import must_match, open_folder
 from kdrun.cache.store import Store, fields
@@ -18,6 +20,7 @@ from kdrun.engine.report import Reporter
 from kdrun.errors import Problem, Refused
 from kdrun.objective.base import Objective
 from kdrun.strict_json import to_json
+from kdrun.student.weights import load_weights
 from kdrun.teacher.cached import CachedTeacher
 from kdrun.teacher.live import LiveTeacher
 from kdrun.types import Teacher
@@ -95,9 +98,9 @@ def folder_of(tree: Mapping[str, Any], data: Data, made_of: Mapping[str, Any]) -
 def described(tree: Mapping[str, Any], data: Data, store: Store, teacher: CachedTeacher) -> str:
     """The plan in words: where, how large, how much of it is there."""
     epochs = epochs_of(tree, data)
-    number = wanted.views(tree, data, epochs)
-    there = sum(int(store.filled(view).sum()) for view in range(number)) / (number * len(store.counts))
+    there = filled_share(tree, data, store, epochs)
     if there == 1:
+        number = wanted.views(tree, data, epochs)
         return f"teacher cache: {teacher.form}, all {number} views are there, the teacher is not asked ({store.folder})"
     return f"{_size(teacher.form, tree, data, epochs)}; {100 * there:.0f} % of it is there ({store.folder})"
 
@@ -107,7 +110,45 @@ def cache_facts(tree: Mapping[str, Any], built: Built) -> dict[str, str]:
     if not wanted.wanted(tree) or not isinstance(built.teacher, LiveTeacher) or not wanted.heard(built.objective.needs()):
         return {}
     form = wanted.format_of(tree, built.data, built.objective, built.objective.needs(), built.teacher)
-    return {"cache": _size(form, tree, built.data, epochs_of(tree, built.data))}
+    epochs = epochs_of(tree, built.data)
+    store = _kept(tree, built, form)
+    share = 0.0 if store is None else filled_share(tree, built.data, store, epochs)
+    there = "all of its rows are there: the teacher is not asked" if share == 1 else f"{100 * share:.0f} % of its rows are there"
+    return {"cache": _size(form, tree, built.data, epochs) + (f"; {there}" if share else "")}
+
+
+def predicted_bytes(tree: Mapping[str, Any], built: Built) -> int | None:
+    """Of the cache that a run will read and fill, on disk when it is full; None where there is none."""
+    needs = built.objective.needs()
+    if not wanted.wanted(tree) or not isinstance(built.teacher, LiveTeacher) or not wanted.heard(needs):
+        return None
+    form = wanted.format_of(tree, built.data, built.objective, needs, built.teacher)
+    return wanted.total_bytes(form, tree, built.data, epochs_of(tree, built.data))
+
+
+def filled_share(tree: Mapping[str, Any], data: Data, store: Store, epochs: float) -> float:
+    """How much of what a run asks for is there."""
+    number = wanted.views(tree, data, epochs)
+    return sum(int(store.filled(view).sum()) for view in range(number)) / (number * len(store.counts))
+
+
+def _kept(tree: Mapping[str, Any], built: Built, form: Any) -> Store | None:
+    """The cache that a run would use, of which nothing may be there; None where its name (the teacher's weights) is not known yet."""
+    from kdrun.engine.records import STUDENT_FILE
+    from kdrun.plan.single import teacher_stage
+
+    teacher, data = built.teacher, built.data
+    if not isinstance(teacher, LiveTeacher) or any(isinstance(p, FakeTensor) for p in teacher.module.parameters()):
+        return None
+    counts = wanted.counts(data.split("train"))
+    if tree["cache"]["path"]:
+        return Store(folder_of(tree, data, {}), form.record, counts)
+    spec = teacher_stage(tree, data.fingerprint)
+    file = tree["teacher"].get("checkpoint") if spec is None else spec.folder / STUDENT_FILE
+    if not file or not Path(file).is_file():
+        return None
+    load_weights(teacher.module, file, (tree["teacher"].get("rename") or ()) if spec is None else (), key="teacher.checkpoint")
+    return Store(folder_of(tree, data, wanted.made_of(tree, data, form, teacher)), form.record, counts)
 
 
 def _size(form: Any, tree: Mapping[str, Any], data: Data, epochs: float) -> str:

@@ -291,6 +291,7 @@ def apply(choice: Choice, stage: loop.Stage, built: Built) -> None:
     stage.autocast = DTYPES[choice.dtype]
     if isinstance(teacher, (LiveTeacher, Follower)):
         fixed = image and stage.device.type == "cpu" and isinstance(teacher, LiveTeacher)
+        teacher.way = choice.teacher
         teacher.forward = _compiled_teacher(choice.teacher, teacher.module, fixed) if choice.teacher.compiled else teacher.module
 
 

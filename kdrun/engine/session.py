@@ -35,8 +35,11 @@ KEPT = "kept"  # the folder of what stages without an optimiser made
 class Session:
     """Implements `kdrun.plan.base.Session`. `folder` is set when the run's folder is opened."""
 
-    def __init__(self, composed: Composed, data: Data, device: torch.device, ranks: Ranks, reporter: Reporter, resume: bool) -> None:
+    def __init__(
+        self, composed: Composed, data: Data, device: torch.device, ranks: Ranks, reporter: Reporter, resume: bool, plan: Any = None
+    ) -> None:
         self.composed, self.data, self.device, self.ranks, self.reporter, self.resume = composed, data, device, ranks, reporter, resume
+        self.plan = plan
         self.tree = composed.tree
         self.folder = Path()
         self._first: Built | None = None
@@ -103,7 +106,7 @@ class Session:
         if name is None:
             self._foretell(run)
         run.advance()
-        self._check_untouched(built)
+        self.check_untouched(built)
         return run
 
     def _foretell(self, run: StageRun) -> None:
@@ -113,7 +116,14 @@ class Session:
         if self.ranks.first and run.forecast is not None:
             write_json(file, {**read_json(file), "predicted": run.forecast.predicted})
 
-    def _check_untouched(self, built: Built) -> None:
+    def _foretold(self, run: StageRun) -> dict[str, Any]:
+        """What the run was expected to cost, beside what it did; of one that was finished before, as its record says."""
+        if run.forecast is not None:
+            return run.forecast.record(run.stage, run.spent()[0])
+        before = read_json(self.folder / SUMMARY) if (self.folder / SUMMARY).is_file() else {}
+        return {key: before[key] for key in ("predicted", "actual") if key in before}
+
+    def check_untouched(self, built: Built) -> None:
         """Law 6."""
         if isinstance(built.teacher, LiveTeacher) and sha256_of(built.teacher.module) != self._initial[id(built.teacher)]:
             raise CheckFailed("the teacher's weights or buffers changed during the run; it is not recorded")
@@ -135,8 +145,7 @@ class Session:
         student = training.exported()
         summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {}, self._spent())
         summary |= {**(facts or {}), "folder": str(self.folder)}
-        if training.forecast is not None:
-            summary |= training.forecast.record(training.stage, training.spent()[0])
+        summary |= self._foretold(training)
         if self.ranks.first:
             if not (self.folder / PROVENANCE).is_file():
                 self._write_provenance(built)

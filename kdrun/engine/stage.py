@@ -146,6 +146,7 @@ class StageRun:
         self.samples_per_step = int(tree["source"].get("batch_size") or len(built.data.split("train")))
         self.best: dict[str, Any] | None = None  # {"step", "weights"} of the best validation epoch, where that is the protocol
         self._stop = threading.Event()
+        self.listens = True  # to signals that ask for a stop
         self._clock: tuple[float, int] | None = None
         self._last_saved = -1
         self._spent = (0.0, 0.0)
@@ -191,7 +192,7 @@ class StageRun:
         if until is not None:
             self.stage.last_step = min(until, self.end)
         if whole:
-            self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
+            self.announce()
         previous = self._listen()
         self._began = (time.perf_counter(), time.process_time())
         try:
@@ -211,6 +212,10 @@ class StageRun:
             self.reporter.stage_done(self.stage.name)
         elif save:
             self.save(self.stage.step)
+
+    def announce(self) -> None:
+        """Tell whoever watches that the stage begins or goes on."""
+        self.reporter.stage_started(self.stage.name, self.stage.step, self.end, self.built.steps_per_epoch, self.samples_per_step)
 
     def network(self) -> nn.Module:
         """The network that counts: the moving average if there is one."""
@@ -349,7 +354,7 @@ class StageRun:
 
     def _listen(self) -> dict[int, Any]:
         """SIGTERM and SIGINT ask for a stop at the next step; a second one is taken at its word."""
-        if threading.current_thread() is not threading.main_thread():
+        if not self.listens or threading.current_thread() is not threading.main_thread():
             return {}
 
         def ask(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -115,13 +115,26 @@ def power_seeds(detect: float, sd: float, power: float = 0.8, alpha: float = 0.0
     """Runs per arm so that a true gap of `detect` is found with probability `power` (two-sided two-sample t-test, equal n).
 
     `sd` is the standard deviation of one arm over seeds, in the unit of `detect`. Arms that share seeds need fewer if
-    the seeds move them together. At least 2. Raises ValueError for arguments out of range or beyond `MOST_SEEDS`.
+    the seeds move them together: `power_pairs`. At least 2. Raises ValueError for arguments out of range or beyond `MOST_SEEDS`.
     """
+    return _needed(lambda n, effect: _power(2 * n - 2, n / 2 * effect**2, alpha), detect, sd, power, alpha)
+
+
+def power_pairs(detect: float, sd: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Seeds that both arms share, so that a true gap of `detect` is found with probability `power` (two-sided paired t-test).
+
+    `sd` is the standard deviation over seeds of the difference of the two arms. Otherwise as `power_seeds`.
+    """
+    return _needed(lambda n, effect: _power(n - 1, n * effect**2, alpha), detect, sd, power, alpha)
+
+
+def _needed(reached: Callable[[int, float], float], detect: float, sd: float, power: float, alpha: float) -> int:
+    """The first n at which `reached(n, effect)` is the power that is wanted."""
     if not (detect > 0 and sd >= 0 and math.isfinite(detect + sd) and 0 < alpha < power < 1):
         raise ValueError(f"needs detect > 0, sd >= 0 and 0 < alpha < power < 1, not {detect=}, {sd=}, {power=}, {alpha=}")
     candidates = range(2, MOST_SEEDS + 1)
     # Power rises with n, so the first n that suffices is found by bisection.
-    at = 0 if sd == 0 else bisect.bisect_left(candidates, power, key=lambda n: _power(n, detect / sd, alpha))
+    at = 0 if sd == 0 else bisect.bisect_left(candidates, power, key=lambda n: reached(n, detect / sd))
     if at == len(candidates):
         raise ValueError(f"a gap of {detect:g} at a spread of {sd:g} needs more than {MOST_SEEDS} runs per arm")
     return candidates[at]
@@ -183,11 +196,10 @@ def _t_quantile(freedom: float) -> float:
     return float(stats.t.ppf(0.5 + LEVEL / 2, freedom))
 
 
-def _power(n: int, effect: float, alpha: float) -> float:
-    """Probability that the two-sample t-test with n runs per arm rejects, for a true gap of `effect` standard deviations."""
+def _power(freedom: int, noncentrality: float, alpha: float) -> float:
+    """Probability that a two-sided t-test rejects. `noncentrality`: the square of what t is shifted by."""
     from scipy import stats
 
     # t squared is F, whose one tail holds both tails of t; scipy's noncentral t gives NaN in places where F does not.
-    freedom = 2 * n - 2
     critical = stats.f.isf(alpha, 1, freedom)
-    return float(stats.ncf.sf(critical, 1, freedom, n / 2 * effect**2))
+    return float(stats.ncf.sf(critical, 1, freedom, noncentrality))

@@ -236,7 +236,7 @@ def test_a_folder_without_permission_cannot_be_written(refusal: Refusal, tiny: l
     assert "run folder cannot be written" in only(refusal("train", *tiny)).head
 
 
-@pytest.mark.parametrize("arguments", [["trian"], ["train", "--nope"], ["ls", "recipe"], ["ledger", "--scale", "papr"], []])
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--nope"], ["ls", "recpies"], ["ledger", "--scale", "papr"], []])
 def test_a_command_that_there_is_not_has_exit_code_2(kdrun: Callable[..., Outcome], arguments: list[str]) -> None:
     outcome = kdrun(*arguments)
     assert outcome.code == 2

@@ -83,3 +83,15 @@ def test_a_run_that_was_named_by_hand_is_found_where_it_lies(
 ) -> None:
     shutil.copytree(finished[0], here / "mine")
     assert kdrun("ls", "runs", "--root=.", "-q").out.split() == ["mine"]
+
+
+def test_singular_and_plural_mean_the_same_and_every_group_is_listed(kdrun: Callable[..., Outcome]) -> None:
+    assert kdrun("ls", "objective", "-q").out == kdrun("ls", "objectives", "-q").out
+    assert "single" in kdrun("ls", "plans", "-q").out.split()
+    assert "adamw" in kdrun("ls", "optim", "-q").out.split()
+
+
+def test_a_list_that_there_is_not_is_refused_with_its_neighbour(kdrun: Callable[..., Outcome]) -> None:
+    outcome = kdrun("ls", "objctives")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "did you mean objectives" in outcome.err

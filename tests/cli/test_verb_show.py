@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,3 +88,30 @@ def test_mistakes_are_refused_without_building_anything(refusal: Refusal) -> Non
 def test_a_folder_of_ones_own_is_named_as_the_origin(kdrun: Callable[..., Outcome], own_recipes: Path) -> None:
     rows = kdrun("show", "recipe=small", f"--config-dir={own_recipes}", "--json").json
     assert rows["optim.epochs"]["origin"].startswith("recipes/small.yaml:")
+
+
+def test_a_run_is_shown_with_its_number_and_what_it_was_expected_to_cost(
+    kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]
+) -> None:
+    out = kdrun("show", f"run={finished[0]}").out
+    assert out.splitlines()[1].startswith("top1 ")
+    assert "peak memory" in out
+    assert "objective.teacher_tap" in out
+    told = kdrun("show", f"run={finished[0]}", "--json").json
+    assert told["summary"].keys() >= {"predicted", "actual", "value"}
+    shutil.copytree(finished[0], here / "outputs" / "run" / "mine")
+    assert kdrun("show", "run=mine").out.splitlines()[0] == "outputs/run/mine: no recipe"
+
+
+def test_a_comparison_is_shown_by_its_means(kdrun: Callable[..., Outcome], compared: tuple[Path, Outcome]) -> None:
+    assert "top1: pld " in kdrun("show", f"run={compared[0]}").out
+
+
+def test_a_run_that_there_is_not_and_one_with_other_settings_are_refused(
+    kdrun: Callable[..., Outcome], here: Path, finished: tuple[Path, Outcome]
+) -> None:
+    shutil.copytree(finished[0], here / "outputs" / "run" / "first")
+    missing = kdrun("show", "run=frist")
+    assert missing.code == 2
+    assert "did you mean first" in missing.err
+    assert kdrun("show", f"run={finished[0]}", "seed=3").code == 2

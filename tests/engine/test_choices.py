@@ -42,9 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple[Way, str], Seconds
     return asked
 
 
-def test_steps_that_were_only_tried_leave_no_trace(
-    teacher_file: Path, keen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_were_only_tried_leave_no_trace(teacher_file: Path, keen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Banks, momentum, moving average, buffers, library randomness: the bytes of the run are those of one that tried nothing."""
     world = [o for o in TINY if not o.startswith("student")]
     live = ["teacher=mlp", "teacher.hidden=[16,16]", f"teacher.checkpoint={teacher_file}"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdrun.ledger.statistics import Summary, adjusted, paired, power_seeds, prediction_interval, summary, welch
+from kdrun.ledger.statistics import Summary, adjusted, paired, power_pairs, power_seeds, prediction_interval, summary, welch
 
 # Top-1 of five runs of one recipe, reported by users of a public code base (mdistiller, issue 7).
 RUNS = [76.20, 75.80, 75.89, 75.85, 76.15]
@@ -162,6 +162,19 @@ def test_seeds_for_a_gap_at_a_spread_of_018(detect: float, seeds: int) -> None:
 def test_seeds_of_the_textbook_effects() -> None:
     # Cohen, Statistical Power Analysis (1988), table 2.4.1: large, medium and small effect at 80 % power, 5 % level.
     assert [power_seeds(effect, 1.0) for effect in (0.8, 0.5, 0.2)] == [26, 64, 394]
+
+
+def test_pairs_of_the_textbook_effects() -> None:
+    """A paired t-test at 80 % power and the 5 % level: 199, 34 and 15 pairs (G*Power 3.1; R's pwr.t.test gives 198.15, 33.37, 14.30)."""
+    assert [power_pairs(effect, 1.0) for effect in (0.2, 0.5, 0.8)] == [199, 34, 15]
+
+
+def test_the_pairs_reach_the_power_and_one_less_does_not() -> None:
+    detect, sd, n = 0.3, 0.18, power_pairs(0.3, 0.18)
+    rng = np.random.default_rng(0)
+    for pairs, enough in ((n, True), (n - 1, False)):
+        found = stats.ttest_1samp(rng.normal(detect, sd, (pairs, 40_000)), 0.0).pvalue < 0.05
+        assert (np.mean(found) >= 0.8) is np.bool_(enough)
 
 
 def test_the_seeds_reach_the_power_and_one_less_does_not() -> None:
