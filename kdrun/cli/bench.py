@@ -93,6 +93,37 @@ def loop(
         _say(f"the engine reaches {100 * middle(told['engine'], 'peak_share'):.0f} % of this machine's measured peak")
 
 
+@app.command("pack")
+def pack(
+    overrides: Overrides = None,
+    objectives: Annotated[str, typer.Option(help="Those that are trained side by side.")] = "kd,dkd,pld,dist",
+    rates: Annotated[str, typer.Option(help="Learning rates: every objective is trained with each.")] = "0.05,0.01",
+    steps: Annotated[int, typer.Option(help="Timed steps of each student.", min=1)] = 10,
+    repeats: Repeats = 3,
+    json: Json = False,
+) -> None:
+    """Several students in one process, on one stream of batches and one forward pass of the teacher, against each alone."""
+    from kdrun.bench.turns import in_turns, middle, ratio
+
+    words = overrides or ["recipe=kd_cifar100"]
+    members = [f"objective={o} optim.lr={lr}" for o in objectives.split(",") for lr in rates.split(",")]
+    cases = ("separate", "packed")
+    asked = {c: ["kdrun.bench.pack", c, "--steps", str(steps), "--members", *members, "--common", *words] for c in cases}
+    told = in_turns(asked, repeats, _progress(repeats))
+    faster = ratio(told["separate"], told["packed"], "seconds")
+    if json:
+        from kdrun.cli.console import print_json
+
+        found = {"separate over packed": faster._asdict()}
+        print_json(
+            {"overrides": words, "members": members, "steps": steps, "repeats": repeats, "machine": _machine(), "cases": told, **found}
+        )
+        return
+    rows = [[case, f"{1000 * middle(told[case], 'seconds'):,.0f} ms"] for case in cases]
+    _show(f"{len(members)} students of {' '.join(words)}; {_machine()}", ["", "a step of all"], rows)
+    _say(f"separate over packed, median of {repeats} (least to largest): {faster}")
+
+
 def _machine() -> str:
     import torch
 

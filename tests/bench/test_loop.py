@@ -8,6 +8,7 @@ import torch
 from kdrun.bench.loop import by_hand, engine, hand, parts, random_images, usual
 from kdrun.dataset.base import Data
 from kdrun.engine import loop
+from kdrun.engine.choices import choose
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import make_stage
@@ -15,7 +16,7 @@ from kdrun.errors import Refused
 
 SMALL = [
     "recipe=kd_cifar100", "teacher=mlp", "teacher.hidden=[8]", "student=mlp", "student.hidden=[4]", "source.batch_size=16",
-    "hardware=cpu", "hardware.threads=1",
+    "hardware=cpu", "hardware.threads=1", "hardware.compile=off", "hardware.channels_last=true",
 ]  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_the_step_by_hand_is_the_engines() -> None:
     loop.train_step(stage, Nothing())
     ours = {name: p.detach().clone() for name, p in built.network.named_parameters()}
     built.network.load_state_dict(before)
-    step = by_hand(tree, built, device)
+    step = by_hand(tree, built, device, choose(stage, built, tree, Reporter(), None))
     step(batch)
     for name, parameter in built.network.named_parameters():
         assert not torch.equal(ours[name], before[name])
@@ -72,7 +73,7 @@ def test_by_hand_every_step_has_a_whole_batch_of_small_data_too(monkeypatch: pyt
         return original(self, split, index, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Data, "rows", rows)
-    small = ["dataset=digits", "dataset.subset=40", "dataset.subset_test=10", "student=mlp", "source.batch_size=16"]
+    small = ["dataset=digits", "dataset.subset=40", "dataset.subset_test=10", "student=mlp", "source.batch_size=16", *SMALL[-2:]]
     assert hand([*small, "objective=ce", "hardware=cpu", "hardware.threads=1"], 4)["rate"] > 0
     assert set(sizes) == {16}
 
