@@ -27,7 +27,7 @@ from kdrun.student.taps import Tapped
 from kdrun.student.weights import bare
 from kdrun.teacher.cached import CachedTeacher
 from kdrun.teacher.live import LiveTeacher
-from kdrun.teacher.shared import Heard, SharedTeacher
+from kdrun.teacher.shared import Clock, Heard, SharedTeacher
 from kdrun.types import Batch
 
 # What must be the same for two runs to see the same batches. Teachers may differ: those that are alike are asked once.
@@ -121,10 +121,12 @@ def _finish(member: Member, size: int) -> None:
 
 def _walk(members: Sequence[Member], memories: Sequence[Any], stopping: threading.Event) -> None:
     """Step by step, those that are furthest behind first: after a kill some may be ahead of others."""
+    clocks = [memory.clock for memory in memories]
+    shared = [0.0, 0.0]
     while True:
         running = [m for m in members if m.active and m.training is not None and m.training.stage.step < m.training.end]
         if not running:
-            return
+            break
         step = min(m.training.stage.step for m in running if m.training is not None)
         for memory in memories:
             memory.begin(step)
@@ -133,8 +135,16 @@ def _walk(members: Sequence[Member], memories: Sequence[Any], stopping: threadin
             assert training is not None
             if training.stage.step == step:
                 _attempt(member, training.advance, step + 1, False)
+                for clock in clocks:  # what is shared is nobody's own
+                    seconds, cpu = clock.take()
+                    training.charge(-seconds, -cpu)
+                    shared[0] += seconds
+                    shared[1] += cpu
         if stopping.is_set():
             _stop(running)
+    sharers = [m.training for m in members if m.active and m.training is not None]
+    for training in sharers:
+        training.charge(shared[0] / len(sharers), shared[1] / len(sharers))
 
 
 def _stop(running: Sequence[Member]) -> None:
@@ -152,6 +162,7 @@ class Batches:
 
     def __init__(self, source: EpochLoader) -> None:
         self._make, self._step = source.group, -1
+        self.clock = Clock()
         self._group: list[Batch] = []
 
     def begin(self, step: int) -> None:
@@ -161,7 +172,9 @@ class Batches:
     def group(self, step: int) -> list[Batch]:
         if step != self._step:
             return self._make(step)
-        self._group = self._group or self._make(step)
+        if not self._group:
+            with self.clock.running():
+                self._group = self._make(step)
         return list(self._group)
 
 

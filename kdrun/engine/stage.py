@@ -248,7 +248,7 @@ class StageRun:
         self._note_best(step)
         for split, values in results.items():
             self.metrics.write({"stage": self.stage.name, "step": step, "epoch": round(epoch, 4), "split": split, **values})
-        self.reporter.evaluated(self.stage.name, epoch, results)
+        self.reporter.evaluated(self.stage.name, epoch, results, step)
 
     def _note_best(self, step: int) -> None:
         """Keep the weights of the best validation epoch; stop the stage when its patience is at an end."""
@@ -329,6 +329,10 @@ class StageRun:
             return self._spent
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         return self._spent[0] + wall, self._spent[1] + cpu
+
+    def charge(self, seconds: float, cpu: float) -> None:
+        """Count what was spent for this stage outside its own steps, or (negative) in them for others."""
+        self._spent = self._spent[0] + seconds, self._spent[1] + cpu
 
     def written(self) -> dict[str, float]:
         """What a source that writes has written since step 0, over all ranks; a collective."""

@@ -12,12 +12,23 @@ from kdrun.engine.report import Reporter
 from kdrun.errors import Problem, Refused, RunFailed
 from kdrun.hardware.launch import EXIT_FILE, raise_again, write_spec
 
+JOB = "job"  # the folder of what the scheduler leaves, in the run's
+
 
 def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -> dict[str, Any]:
     """Submit the run; wait for its summary unless slurm.wait is false. `slurm.executor=local` runs it here, as a job.
 
     Raises `Refused` without submitit, and what the job raised.
     """
+    job = start(composed, reporter, folder, resume)
+    if not composed.tree["hardware"]["slurm"]["wait"]:
+        return {"job": job.job_id, "folder": str(folder), "waiting": False}
+    job.wait()
+    return conclude(job, folder)
+
+
+def start(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -> Any:
+    """Submit the run; submitit's handle of the job. Raises `Refused` without submitit."""
     try:
         import submitit
     except ImportError as error:
@@ -25,7 +36,7 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
             Problem("submitting to a cluster needs the package submitit", "hardware", "", 'pip install "kdrun[cluster]"')
         ) from error
     slurm = composed.tree["hardware"]["slurm"]
-    jobs = folder / "job"
+    jobs = folder / JOB
     jobs.mkdir(parents=True, exist_ok=True)
     spec = jobs / "spec.json"
     (jobs / EXIT_FILE).unlink(missing_ok=True)
@@ -35,9 +46,12 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
     ranks = 1 if slurm["executor"] == "local" else slurm["nodes"] * max(1, slurm["gpus_per_node"])
     job = executor.submit(run_rank, str(spec), ranks)
     reporter.note(f"job {job.job_id} submitted; its log: {jobs}")
-    if not slurm["wait"]:
-        return {"job": job.job_id, "folder": str(folder), "waiting": False}
-    job.wait()
+    return job
+
+
+def conclude(job: Any, folder: Path) -> dict[str, Any]:
+    """The summary of a job that has ended. Raises what it raised."""
+    jobs = folder / JOB
     if (jobs / EXIT_FILE).exists():
         outcome = read_json(jobs / EXIT_FILE)
         if not (folder / ORIGIN).exists():  # it was refused before it began: nothing is left behind
@@ -47,7 +61,7 @@ def submit(composed: Composed, reporter: Reporter, folder: Path, resume: bool) -
         raise RunFailed(
             f"job {job.job_id} ended without a result; the end of its log:\n" + "\n".join((job.stderr() or "").splitlines()[-25:])
         )
-    return read_json(folder / SUMMARY)
+    return dict(read_json(folder / SUMMARY))
 
 
 def parameters(slurm: dict[str, Any], name: str) -> dict[str, Any]:

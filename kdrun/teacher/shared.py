@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +14,31 @@ from kdrun.teacher.live import LiveTeacher
 from kdrun.types import Batch, Needs, Signal
 
 
+class Clock:
+    """Seconds and CPU seconds of what is done for all."""
+
+    def __init__(self) -> None:
+        self._spent = 0.0, 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = time.perf_counter(), time.process_time()
+        yield
+        self._spent = self._spent[0] + time.perf_counter() - began[0], self._spent[1] + time.process_time() - began[1]
+
+    def take(self) -> tuple[float, float]:
+        """What was spent since the last time."""
+        spent, self._spent = self._spent, (0.0, 0.0)
+        return spent
+
+
 class Heard:
     """What `live` has said of the batches of one optimiser step. A batch is the same where its tensors are the same objects."""
 
     def __init__(self, live: LiveTeacher, taps: tuple[str, ...]) -> None:
         self.live, self.taps = live, taps
         self.asked = self.answered = 0  # of the teacher; of the students
+        self.clock = Clock()
         self._step = -1
         self._said: list[tuple[Batch, bool, Signal]] = []
 
@@ -32,7 +54,8 @@ class Heard:
             if known.inputs is batch.inputs and was_half == half and all(batch.extra.get(k) is v for k, v in known.extra.items()):
                 return said
         self.asked += 1
-        said = self.live.signal(batch, replace(needs, teacher_logits=True, teacher_taps=self.taps))
+        with self.clock.running():
+            said = self.live.signal(batch, replace(needs, teacher_logits=True, teacher_taps=self.taps))
         self._said.append((batch, half, said))
         return said
 
