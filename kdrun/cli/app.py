@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdrun.cli import bench, cache, doctor, evaluate, ledger, listing, plan, resume, show, train
+from kdrun.cli import bench, cache, doctor, evaluate, ledger, listing, plan, resume, show, sweep, train
 from kdrun.cli.pipe import Verbs
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("sweep", short_help="Run many combinations; killed and resumed at will.")(sweep.sweep)
 app.command("eval", short_help="Measure a run, a checkpoint or a student's weights.")(evaluate.evaluate)
 app.command("resume", short_help="Go on with a run that was stopped or killed.")(resume.resume)
 app.command("ls", short_help="List recipes, runs, objectives, teachers, ...")(listing.ls)
