@@ -128,11 +128,7 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(*cells, _letters(row["ties"]))
         console.print(table)
         console.print("Rows that share a letter cannot be told apart (5 %, p-values of all pairs corrected by Holm).", soft_wrap=True)
-    for job in found["jobs"]:
-        if job["status"] == "failed":
-            console.print(f"[bold red]failed[/] {escape(_label(job))}: {escape(job['message'])}", soft_wrap=True)
-            for line in job["tail"][-5:]:
-                console.print(f"    {escape(line)}", soft_wrap=True, style="dim")
+    _failures(console, [job for job in found["jobs"] if job["status"] == "failed"])
     if found["stale"]:
         console.print(
             f"{len(found['stale'])} earlier runs are of other words or another configuration; they are left where they are", soft_wrap=True
@@ -142,6 +138,20 @@ def _show(found: dict[str, Any]) -> None:
     if counts.get("done", 0) < len(found["jobs"]):
         console.print(f"go on    kdrun sweep --resume {found['sweep']}", soft_wrap=True)
     console.print(f"report   kdrun report {found['folder']}", soft_wrap=True)
+
+
+def _failures(console: Any, failed: list[dict[str, Any]]) -> None:
+    """Each reason once, with the jobs that it ended and the end of the first one's log."""
+    from rich.markup import escape
+
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for job in failed:
+        reasons.setdefault(job["message"], []).append(job)
+    for message, jobs in reasons.items():
+        names = "; ".join(_label(job) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if len(jobs) > 3 else "")
+        console.print(f"[bold red]failed[/] {escape(names)}: {escape(message)}", soft_wrap=True)
+        for line in jobs[0]["tail"][-5:]:
+            console.print(f"    {escape(line)}", soft_wrap=True, style="dim")
 
 
 def _label(job: dict[str, Any]) -> str:

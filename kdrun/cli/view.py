@@ -91,7 +91,7 @@ class PlainReporter(Reporter):
             soft_wrap=True,
         )
 
-    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
+    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]], step: int = 0) -> None:
         self.console.print(f"{name} epoch {epoch:.4g}  {metrics_text(results)}", soft_wrap=True)
 
 
@@ -135,7 +135,7 @@ class LiveReporter(PlainReporter):
         )
         self.progress.update(self._task, detail=escape(detail))
 
-    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]]) -> None:
+    def evaluated(self, name: str, epoch: float, results: Mapping[str, Mapping[str, float]], step: int = 0) -> None:
         if self._task is not None:
             self.progress.update(self._task, description=f"{name} [dim]{escape(_short(results))}[/]")
 
