@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
 
 # What `kdrun ls` lists, and the folder whose files that are; runs are no options.
-KINDS = {"recipes": "recipes", **{group if group in ("optim", "hardware", "cache") else f"{group}s": group for group in GROUPS}, "runs": ""}
+ALONE = ("optim", "hardware", "cache", "track")  # words that are no plurals
+KINDS = {"recipes": "recipes", **{group if group in ALONE else f"{group}s": group for group in GROUPS}, "runs": "", "sweeps": ""}
 
 
 def ls(
     what: Annotated[str, typer.Argument(help="What to list: recipes, runs, or a group: objectives, teachers, students, ...")] = "recipes",
-    root: Annotated[str, typer.Option(help="Where runs are kept (for `ls runs`).")] = "outputs",
+    root: Annotated[str, typer.Option(help="Where runs are kept (for `ls runs` and `ls sweeps`).")] = "outputs",
     config_dir: ConfigDir = None,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Names only, one per line.")] = False,
 ) -> None:
     """List recipes, runs, or the options of a group: objectives, teachers, students, datasets, sources, plans, evaluations, ..."""
     kind = _kind(what)
-    rows = _runs(Path(root)) if kind == "runs" else _options(KINDS[kind], config_dir or [])
+    rows = {"runs": _runs, "sweeps": _sweeps}[kind](Path(root)) if not KINDS[kind] else _options(KINDS[kind], config_dir or [])
     if json:
         from kdrun.cli.console import print_json
 
@@ -102,6 +103,19 @@ def _runs(root: Path) -> list[dict[str, Any]]:
                 "result": _result(summary),
             }
         )
+    return rows
+
+
+def _sweeps(root: Path) -> list[dict[str, Any]]:
+    import json
+    from collections import Counter
+
+    rows = []
+    for file in sorted((root / "sweeps").glob("*/sweep.json"), key=lambda f: f.stat().st_mtime):
+        told = json.loads(file.read_text(encoding="utf-8"))
+        counts = Counter(job["status"] for job in told["jobs"])
+        stands = ", ".join(f"{count} {status}" for status, count in counts.items())
+        rows.append({"name": file.parent.name, "jobs": len(told["jobs"]), "state": stands, "words": " ".join(told["words"]["overrides"])})
     return rows
 
 

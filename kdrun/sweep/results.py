@@ -11,6 +11,7 @@ from kdrun.engine import compare
 from kdrun.errors import CheckFailed
 from kdrun.evaluation.metrics import kind
 from kdrun.ledger.leaderboard import leaderboard
+from kdrun.ledger.record import assess, other_choices, write_record
 from kdrun.sweep.manifest import Sweep
 
 
@@ -48,10 +49,9 @@ def document(sweep: Sweep) -> dict[str, Any]:
 
 
 def base(sweep: Sweep) -> Composed:
-    """What the record is of: the method's own arm, where the sweep has it, else the first job's."""
+    """What the record is of: the recipe's own objective, where the sweep has it, else the first job's."""
     composed = [job.composed for job in sweep.jobs if job.composed is not None]
-    own = [c for c in composed if compare.method_name(c) == (c.tree["method"] or c.choices["objective"])]
-    return (own or composed)[0]
+    return next((c for c in composed if "objective" not in other_choices(c)), composed[0])
 
 
 def arms(sweep: Sweep) -> list[compare.Job]:
@@ -61,8 +61,6 @@ def arms(sweep: Sweep) -> list[compare.Job]:
 
 def record(sweep: Sweep) -> Path:
     """Put the sweep into the ledger. Raises `CheckFailed` where a job is missing, or for what may not enter it."""
-    from kdrun.ledger.record import assess, write_record
-
     missing = [job for job in sweep.jobs if sweep.status(job) != "done"]
     if missing:
         raise CheckFailed(

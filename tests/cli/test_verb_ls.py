@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,13 @@ def test_a_list_that_there_is_not_is_refused_with_its_neighbour(kdrun: Callable[
     outcome = kdrun("ls", "objctives")
     assert (outcome.code, outcome.out) == (2, "")
     assert "did you mean objectives" in outcome.err
+
+
+def test_sweeps_are_listed_with_how_their_jobs_stand(kdrun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kdrun("ls", "sweeps").out.strip() == "no sweeps yet"
+    folder = tmp_path / "outputs" / "sweeps" / "mine"
+    folder.mkdir(parents=True)
+    words = {"overrides": ["objective=kd,ce"], "zipped": [], "table": []}
+    (folder / "sweep.json").write_text(json.dumps({"words": words, "jobs": [{"status": "done"}, {"status": "failed"}]}), encoding="utf-8")
+    assert kdrun("ls", "sweeps", "--json").json == [{"name": "mine", "jobs": 2, "state": "1 done, 1 failed", "words": "objective=kd,ce"}]
