@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdrun.cli import bench, cache, doctor, evaluate, ledger, listing, plan, resume, show, sweep, train
+from kdrun.cli import bench, cache, doctor, evaluate, export, ledger, listing, new, plan, report, reproduce, resume, show, sweep, train
 from kdrun.cli.pipe import Verbs
 
 app = typer.Typer(
@@ -23,11 +23,15 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("sweep", short_help="Run many combinations; killed and resumed at will.")(sweep.sweep)
 app.command("eval", short_help="Measure a run, a checkpoint or a student's weights.")(evaluate.evaluate)
+app.command("export", short_help="Write a run's student for the world outside.")(export.export)
 app.command("resume", short_help="Go on with a run that was stopped or killed.")(resume.resume)
+app.command("new", short_help="Begin an objective, recipe, data set or student of your own.")(new.new)
 app.command("ls", short_help="List recipes, runs, objectives, teachers, ...")(listing.ls)
 app.command("show")(show.show)
 app.command("plan")(plan.plan)
-app.command("ledger", short_help="List what was measured beside what was published.")(ledger.ledger)
+app.command("report", short_help="What runs have found, on a terminal, as a page, for a paper.")(report.report)
+app.command("reproduce", short_help="Measure a recipe beside its rivals and add it to the ledger.")(reproduce.reproduce)
+app.add_typer(ledger.app, name="ledger", short_help="List what was measured beside what was published.")
 app.add_typer(cache.app, name="cache", short_help="What teachers have said, kept on disk.")
 app.add_typer(bench.app, name="bench", short_help="Speed and memory on this machine.")
 app.command("doctor")(doctor.doctor)

@@ -12,6 +12,7 @@ from kdrun.config.paths import GROUPS, SearchPath
 from kdrun.errors import KdrunError
 
 NAMES = {"recipe": "recipes", **{group: group for group in GROUPS}}
+EXAMPLES = {"run.seeds": ("3", "5", "10")}  # of leaves that have no words of their own and say little of themselves
 FILES = ("path", "checkpoint", "dir", "root", "start_from")  # leaves that name a file or a folder: the shell completes those
 
 
@@ -107,8 +108,10 @@ def overrides(typed: Typed, last: str) -> Iterable[str]:
         return [f"{key}={option}" for option in SearchPath.of(folders).options(NAMES[key])]
     if equals and typed.verb == ("show",) and key == "run":
         return [f"run={folder}" for folder in runs(typed, last)]
+    if equals and typed.verb == ("show",) and key == "ledger":
+        return [f"ledger={name}" for name in records(typed, last)]
     if "." not in key and not equals:
-        more = ["run=", "run."] if typed.verb == ("show",) else ["run."]
+        more = ["run=", "run.", "ledger="] if typed.verb == ("show",) else ["run."]
         below = [f"{group}." for group in GROUPS if key and group.startswith(key)]
         return [*(f"{name}=" for name in NAMES), "seed=", *more, *below]
     leaves = _leaves(typed, folders)
@@ -138,6 +141,8 @@ def _next_level(key: str, leaves: Iterable[str]) -> list[str]:
 
 def _values(key: str, now: Any) -> list[str]:
     """The legal words of a leaf, or else what it is now."""
+    if key in EXAMPLES:
+        return list(EXAMPLES[key])
     legal = [str(v).lower() if isinstance(v, bool) else str(v) for v in _words(bool if isinstance(now, bool) else _hint(key))]
     if legal or key.rpartition(".")[2] in FILES:
         return legal
@@ -169,6 +174,11 @@ def runs(typed: Typed, last: str) -> Iterable[str]:
     return (str(folder) for folder in reversed(run_folders(Path("outputs"))))
 
 
+def records(typed: Typed, last: str) -> Iterable[str]:
+    """The rows of the ledger, by the names of their files."""
+    return sorted(file.stem for file in (Path((typed.values.get("root") or ["outputs"])[-1]) / "ledger").glob("*.json"))
+
+
 def caches(typed: Typed, last: str) -> Iterable[str]:
     from kdrun.cache.manifest import caches as found
 
@@ -197,10 +207,18 @@ def _words_of(module: str, name: str) -> Callable[[Typed, str], Iterable[str]]:
 OFFERS: dict[tuple[str, str], Callable[[Typed, str], Iterable[str]]] = {
     ("", "overrides"): overrides,
     ("eval", "what"): runs,
+    ("export", "run"): runs,
+    ("export", "format"): _words_of("export", "Format"),
+    ("new", "kind"): _words_of("new", "Kind"),
+    ("new", "origin"): recipes,
     ("resume", "run"): runs,
+    ("report", "what"): runs,
     ("ls", "what"): kinds,
     ("cache", "name"): caches,
     ("show", "diff"): recipes,
+    ("reproduce", "recipe"): recipes,
+    ("ledger", "row"): records,
+    ("ledger", "family"): _words_of("ledger", "Family"),
     ("ledger", "scale"): _words_of("ledger", "Scale"),
     ("ledger", "verdict"): _words_of("ledger", "Verdict"),
     ("bench", "loss"): _words_of("bench", "Loss"),

@@ -38,7 +38,7 @@ def plan(
 
         print_json(document)
     else:
-        _show(document)
+        show_plan(document)
 
 
 def _seeds(detect: float | None, sd: float | None, power: float) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def _seeds(detect: float | None, sd: float | None, power: float) -> dict[str, An
     return {"detect": {"difference": detect, "sd": sd, "power": power, "seeds": needed}}
 
 
-def _show(document: dict[str, Any]) -> None:
+def show_plan(document: dict[str, Any]) -> None:
+    """The plan's document for people."""
     from rich.markup import escape
     from rich.table import Table
 

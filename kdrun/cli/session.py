@@ -20,6 +20,7 @@ def run_session(composed: Composed, json: bool, quiet: bool, folder: Path | None
     """Run to the end and print the result. Everything that can be refused is refused before the folder exists."""
     from kdrun.config.check import located
     from kdrun.engine.compare import is_comparison
+    from kdrun.engine.tracking import open_trackers
 
     ledger = composed.tree["run"]["ledger"]
     if ledger:
@@ -27,8 +28,9 @@ def run_session(composed: Composed, json: bool, quiet: bool, folder: Path | None
 
         must_be_recordable(composed)
     with located(composed), make_reporter(json=json, quiet=quiet) as reporter:
+        open_trackers(composed.tree)  # what they lack is said once, before the first of several runs
         if is_comparison(composed.tree) or ledger:  # a record is that of a comparison, be it of one arm and one seed
-            document = _comparison(composed, reporter, folder, resume)
+            document = run_comparison(composed, reporter, folder, resume)
         else:
             document = launch(composed, reporter, folder, resume)
     if json:
@@ -39,7 +41,8 @@ def run_session(composed: Composed, json: bool, quiet: bool, folder: Path | None
         (show_comparison if "arms" in document else show_run)(out(), composed, document)
 
 
-def _comparison(composed: Composed, reporter: Reporter, folder: Path | None, resume: bool) -> dict[str, Any]:
+def run_comparison(composed: Composed, reporter: Reporter, folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """All arms and seeds, the comparison's document in its folder, and the record where run.ledger asks for one."""
     from kdrun.engine import compare
     from kdrun.engine.build import load_data
     from kdrun.engine.records import SUMMARY, read_json, write_json

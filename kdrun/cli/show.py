@@ -10,23 +10,32 @@ import typer
 
 from kdrun.cli.options import ConfigDir, Json, Overrides, default_recipe
 
-TOLD_APART = ("paper", "about", "published", "claims", "notes", "rivals", "name", "scale")
+TOLD_APART = ("paper", "about", "published", "claims", "notes", "rivals", "name", "scale", "family")
 
 
 def show(
     overrides: Overrides = None,
     diff: Annotated[str | None, typer.Option("--diff", help="Another recipe: show only what differs.")] = None,
     hash: Annotated[bool, typer.Option("--hash", help="Print the configuration's hash only.")] = False,
+    provenance: Annotated[
+        bool,
+        typer.Option("--provenance", help="Of run=NAME or ledger=NAME: code, configuration, data, teacher and environment of its number."),
+    ] = False,
+    root: Annotated[str, typer.Option(help="The folder that holds ledger/ and the runs.")] = "outputs",
     config_dir: ConfigDir = None,
     json: Json = False,
 ) -> None:
     """Show what a command line means: every setting with its origin; with run=FOLDER (or its name) what that run was, what came out and
-    what it was expected to cost. Imports no torch and builds nothing."""
+    what it was expected to cost; with --provenance where its number comes from. Imports no torch and builds nothing."""
+    if provenance or any(o.startswith("ledger=") for o in overrides or []):
+        from kdrun.cli.provenance import show_provenance
+
+        return show_provenance(overrides or [], Path(root), json)
     from kdrun.cli.console import out, print_json
     from kdrun.config.check import check
     from kdrun.config.compose import compose, flatten
 
-    run = _run(overrides or [])
+    run = run_named(overrides or [], Path(root))
     if run is None:
         composed = compose(overrides or [], config_dir or [], default_recipe(overrides))
         check(composed, build=False)
@@ -61,8 +70,8 @@ def show(
     _show_leaves(console, values, composed.origins)
 
 
-def _run(overrides: list[str]) -> Path | None:
-    """The folder that run=... names, by its path or by its own name below outputs/. Raises `Refused` where there is none."""
+def run_named(overrides: list[str], root: Path = Path("outputs")) -> Path | None:
+    """The folder that run=... names, by its path or by its own name below `root`. Raises `Refused` where there is none."""
     named = [o.partition("=")[2] for o in overrides if o.startswith("run=")]
     if not named:
         return None
@@ -75,7 +84,7 @@ def _run(overrides: list[str]) -> Path | None:
     folder = Path(named[0])
     if (folder / "run.json").is_file():
         return folder
-    known = {found.name: found for found in run_folders(Path("outputs"))}
+    known = {found.name: found for found in run_folders(root)}
     if named[0] not in known:
         raise Refused(Problem(f"there is no run '{named[0]}'", "run", "command line", did_you_mean(named[0], known) or "a run's folder"))
     return known[named[0]]

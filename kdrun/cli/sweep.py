@@ -39,7 +39,7 @@ def sweep(
     from kdrun.cli.console import err, print_json
     from kdrun.sweep.axes import Words, read_table
     from kdrun.sweep.manifest import Sweep, find, new_folder
-    from kdrun.sweep.results import document, record
+    from kdrun.sweep.results import document, must_be_recordable, record
 
     words = Words(tuple(overrides or ()), tuple(zipped or ()), read_table(Path(table)) if table else ())
     root = _root(words.overrides)
@@ -50,6 +50,8 @@ def sweep(
         made = Sweep(new_folder(root, name), words, config_dir or [], default_recipe(overrides), packed)
     made.compose()
     _must_vary(made)
+    if ledger:
+        must_be_recordable(made)
     say = (lambda line: None) if quiet or json else (lambda line: err().print(line, soft_wrap=True, markup=False))
     if not dry:
         from kdrun.sweep.run import carry_out

@@ -66,24 +66,11 @@ def show_forecast(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def show_comparison(console: Console, composed: Composed, document: dict[str, Any]) -> None:
-    """The end of a comparison: every arm with its interval, differences to the method paired by seed, claims, verdict."""
-    metric, method, arms = document["metric"], document["method"], document["arms"]
-    n = len(document["seeds"])
+    """The end of a comparison: every arm with its interval, differences paired by seed, ties, claims, verdict."""
+    n, metric = len(document["seeds"]), document["metric"]
     what = f"{_with_unit(metric)} over {n} seed{'s' if n > 1 else ''}"
     console.print(f"\n[bold]{document['recipe']}[/] ({document['scale']} scale): {what}", soft_wrap=True)
-    table = Table()
-    table.add_column("arm")
-    for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
-        table.add_column(heading, justify="right")
-    if metric in document["teacher"]:
-        table.add_row("teacher", number(document["teacher"][metric], metric), "", "", "", "", style="dim")
-    for arm in reversed(ranked(arms, metric)):
-        row, gap = arms[arm][metric], document["differences"].get(arm)
-        spread = "" if row["sd"] is None else number(row["sd"], metric)
-        cells = [arm_label(arm), number(row["mean"], metric), spread, _interval(row, metric)]
-        cells += [number(gap["mean"], metric, "+"), _interval(gap, metric, "+")] if gap else ["", ""]
-        table.add_row(*cells, style="bold" if arm == method else None)
-    console.print(table)
+    _show_arms(console, document)
     _further_metrics(console, composed, document)
     words = {True: f"[{GOOD}]shows[/]", False: f"[{BAD}]does not show[/]", None: f"[{BAD}]open[/]"}
     for claim in document["claims"]:
@@ -102,6 +89,38 @@ def show_comparison(console: Console, composed: Composed, document: dict[str, An
         console.print(f"[{BAD}]tainted[/] ({escape(', '.join(document['tainted']))}): may not enter the ledger", soft_wrap=True)
     _published_elsewhere(console, composed)
     _next_commands(console, composed, document)
+
+
+def _show_arms(console: Console, document: dict[str, Any]) -> None:
+    """The arms, the best first: their means, the method's difference to each, and each one's to the first, with who is tied."""
+    metric, method, arms = document["metric"], document["method"], document["arms"]
+    rows = {row["arm"]: row for row in document.get("leaderboard", ())}
+    ranking = len(rows) > 1  # one arm has nobody to be compared with
+    table = Table()
+    table.add_column("arm")
+    for heading in ("mean", "sd", "95 % interval", f"{method} minus it", "95 % interval"):
+        table.add_column(heading, justify="right")
+    for heading in ("to the first", "p", "tied") if ranking else ():
+        table.add_column(heading, justify="left" if heading == "tied" else "right")
+    if metric in document["teacher"]:
+        table.add_row("teacher", number(document["teacher"][metric], metric), style="dim")
+    for arm in ranked(arms, metric):
+        row, gap, place = arms[arm][metric], document["differences"].get(arm), rows.get(arm, {})
+        spread = "" if row["sd"] is None else number(row["sd"], metric)
+        cells = [arm_label(arm), number(row["mean"], metric), spread, _interval(row, metric)]
+        cells += [number(gap["mean"], metric, "+"), _interval(gap, metric, "+")] if gap else ["", ""]
+        if ranking:
+            first = place.get("rank") == 1 and place.get("paired") is None
+            cells += ["" if first else number(place.get("gap"), metric, "+"), _p(place.get("p")), place.get("ties", "")]
+        table.add_row(*cells, style="bold" if arm == method else None)
+    console.print(table)
+    if ranking:
+        console.print("tied: arms that share a letter cannot be told apart (every pair compared, p corrected by Holm's method)")
+
+
+def _p(value: float | None) -> str:
+    """A p-value for people; empty where the runs do not allow one."""
+    return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _further_metrics(console: Console, composed: Composed, document: dict[str, Any]) -> None:

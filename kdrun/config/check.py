@@ -28,6 +28,7 @@ def check(composed: Composed, build: bool = True) -> None:
     found.section(composed.tree.get("student"), schema.StudentKeys, "student")
     for group in ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan"):
         found.target_allowed(composed.tree.get(group), group)
+    found.trackers(composed.tree.get("track") or {})
     found.problems.extend(cross_checks(composed))
     wrong = {p.key.split(".")[0] for p in found.problems}
     for group in ("dataset", "objective", "evaluation", "source", "plan") if build else ():
@@ -36,6 +37,8 @@ def check(composed: Composed, build: bool = True) -> None:
     for group, keys in (("teacher", schema.TeacherKeys), ("student", schema.StudentKeys)) if build else ():
         if group not in wrong:
             found.network(composed.tree.get(group), keys, group)
+    for name, node in (composed.tree.get("track") or {}).items() if build and "track" not in wrong else ():
+        found.signature(node, f"track.{name}")
     if build and "optim" not in wrong:
         found.optimiser(composed.tree["optim"]["name"])
     problems = [*composed.problems, *found.problems]
@@ -146,6 +149,13 @@ class _Findings:
                 f"{group}._target_",
                 f"if you trust it: run.allow=[{package}]",
             )
+
+    def trackers(self, nodes: Mapping[str, Any]) -> None:
+        for name, node in nodes.items():
+            if isinstance(node, Mapping) and "_target_" not in node:
+                self.add("this tracker is not chosen", f"track.{name}", f"track={name}, or its class: track.{name}._target_=...")
+            else:
+                self.target_allowed(node, f"track.{name}")
 
     def optimiser(self, name: str) -> None:
         from timm.optim import list_optimizers

@@ -23,17 +23,32 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdrun.config.origins import Origins, file_origins
-from kdrun.config.paths import GROUPS, SearchPath
+from kdrun.config.paths import GROUPS, MANY, SearchPath, importable
 from kdrun.errors import Problem, Refused, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 # What a data set holds is told by its fingerprint, wherever it lies.
 LOCATION = ("path", "workers", "download")
 # Keys that say where a run is kept and shown, not what it computes: they are left out of the configuration's hash.
-NOT_SEMANTIC = ("run", "hardware", "paper", "about", "published", "rivals", "claims", "notes", "when", "name", "method", "scale")
+NOT_SEMANTIC = (
+    "run",
+    "hardware",
+    "track",
+    "paper",
+    "about",
+    "published",
+    "rivals",
+    "claims",
+    "notes",
+    "when",
+    "name",
+    "method",
+    "scale",
+    "family",
+)
 
 # Groups whose keys depend on the option: each is typed by the class that it names.
-OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan")
+OPEN_GROUPS = ("teacher", "student", "dataset", "source", "objective", "evaluation", "plan", "track")
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Composed:
 
     tree: dict[str, Any]
     origins: Origins
-    choices: dict[str, str]  # group -> option
+    choices: dict[str, str]  # group -> option; of a group that has several, all with commas between them
     recipe: str | None
     overrides: list[str]
     config_dirs: list[str] = field(default_factory=list)
@@ -88,9 +103,10 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), de
     if not tree:
         raise Refused(problems)
     tree.pop("when", None)
-    return Composed(
-        tree, _keep_live(origins, tree), choices, recipe, list(overrides), [str(Path(d).resolve()) for d in config_dirs], problems
-    )
+    _count_seeds(tree)
+    folders = [str(Path(d).expanduser().resolve()) for d in config_dirs]
+    importable(folders)
+    return Composed(tree, _keep_live(origins, tree), choices, recipe, list(overrides), folders, problems)
 
 
 def _parse(overrides: Sequence[str], search: SearchPath) -> tuple[list[Override], list[Problem]]:
@@ -141,14 +157,16 @@ def _sort_overrides(
             remedy = "give one value per run here; one that has commas in it is quoted twice: key='\"a,b\"'"
             problems.append(Problem("several values where one is needed", key, COMMAND_LINE, remedy))
         elif key == "recipe" or (key in GROUPS and not override.is_delete()):
-            group, name = ("recipes" if key == "recipe" else key), str(override.value())
-            options = search.options(group)
-            if name not in options:
-                problems.append(Problem(f"there is no {key} named '{name}'", key, COMMAND_LINE, did_you_mean(name, options)))
+            value = override.value()
+            names = [str(name) for name in value] if isinstance(value, list) and key in MANY else [str(value)]
+            options = search.options("recipes" if key == "recipe" else key)
+            unknown = [name for name in names if name not in options]
+            if unknown:
+                problems += [Problem(f"there is no {key} named '{n}'", key, COMMAND_LINE, did_you_mean(n, options)) for n in unknown]
             elif key == "recipe":
-                recipe = name
+                recipe = names[0]
             else:
-                choices[key] = name
+                choices[key] = ",".join(names)
         else:
             values.append(override)
     return choices, recipe, values
@@ -157,7 +175,7 @@ def _sort_overrides(
 def _hydra(search: SearchPath, choices: Mapping[str, str], recipe: str | None) -> tuple[DictConfig, dict[str, str]]:
     conf, *more = search.conf_dirs()
     folders = [f"file://{folder}" for folder in (*search.roots, *more)]
-    overrides = [f"hydra.searchpath=[{','.join(folders)}]", *(f"{g}={n}" for g, n in choices.items())]
+    overrides = [f"hydra.searchpath=[{','.join(folders)}]", *(f"{g}=[{n}]" if g in MANY else f"{g}={n}" for g, n in choices.items())]
     if recipe:
         overrides.append(f"recipes={recipe}")
     try:
@@ -169,6 +187,8 @@ def _hydra(search: SearchPath, choices: Mapping[str, str], recipe: str | None) -
             Problem(f"the configuration cannot be composed: {error}", "", where, "see `kdrun ls` for what each group offers")
         ) from error
     chosen = {g: str(c) for g, c in config.hydra.runtime.choices.items() if g in GROUPS and c is not None}
+    for group in MANY:  # Hydra does not tell of a choice of several: each is a key of the group by its name
+        chosen.setdefault(group, ",".join(map(str, config.get(group) or ())) or "none")
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     return config, chosen
@@ -225,7 +245,7 @@ def _apply(config: DictConfig, override: Override, given: list[str], origins: Or
 
 
 _ABSENT = object()
-FREE = {"taps", "columns", "fit", "splits"}  # mappings whose keys are the user's own names
+FREE = {"taps", "columns", "fit", "splits", "track"}  # mappings whose keys are the user's own names
 
 
 def _known(config: DictConfig, key: str) -> bool:
@@ -271,6 +291,14 @@ def _resolve(config: DictConfig, origins: Origins, problems: list[Problem]) -> d
         return {}
     assert isinstance(tree, dict)
     return {str(k): v for k, v in tree.items()}
+
+
+def _count_seeds(tree: Mapping[str, Any]) -> None:
+    """run.seeds=5 means the seeds 1 to 5: whoever reads the configuration finds the list. What is no such number is left to the check."""
+    run = tree.get("run")
+    count = run.get("seeds") if isinstance(run, dict) else None
+    if isinstance(run, dict) and isinstance(count, int) and not isinstance(count, bool) and count > 0:
+        run["seeds"] = list(range(1, count + 1))
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -51,7 +51,8 @@ def file_origins(search: SearchPath, choices: dict[str, str], recipe: str | None
     root = search.conf_dirs()[0] / "config.yaml"
     found: Origins = {leaf: f"{search.short(root)}:{line}" for leaf, line in leaves(root) if not leaf.startswith("defaults")}
     for group in GROUPS:
-        found |= group_origins(search, group, choices.get(group, ""), group)
+        for name in choices.get(group, "").split(","):
+            found |= group_origins(search, group, name, group)
     recipe_file = search.file("recipes", recipe) if recipe else None
     if recipe_file is not None:
         short = search.short(recipe_file)

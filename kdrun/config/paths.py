@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdrun.errors import Problem, Refused
 
-GROUPS = ("teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache")
+GROUPS = ("teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache", "track")
+MANY = ("track",)  # of these several options may be chosen at once: track=[tensorboard,mlflow]
 
 
 def home() -> Path:
@@ -22,6 +24,12 @@ def home() -> Path:
 def kept() -> Path:
     """The folder of what is kept between runs and can be made again: KDRUN_CACHE, or .cache/kdrun of the user."""
     return Path(os.environ.get("KDRUN_CACHE") or Path.home() / ".cache" / "kdrun")
+
+
+def importable(config_dirs: Sequence[Path | str]) -> None:
+    """Let Python find code that lies in a user's own folders. At the end of its path they shadow nothing; what may be named of it is still
+    what run.allow says."""
+    sys.path += [str(folder) for folder in config_dirs if str(folder) not in sys.path]
 
 
 @dataclass(frozen=True)

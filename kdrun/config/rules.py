@@ -57,8 +57,10 @@ def _ranges(composed: Composed) -> Iterator[Problem]:
     if isinstance(ema, (int, float)) and not 0 < ema < 1:
         yield _problem(composed, f"a decay lies between 0 and 1, not {ema}", "optim.ema", "e.g. optim.ema=0.999, or null for none")
     seeds = _get(composed.tree, "run.seeds")
-    if isinstance(seeds, list) and (not seeds or len(set(map(str, seeds))) != len(seeds)):
-        yield _problem(composed, "seeds must be different from each other, and at least one", "run.seeds", "e.g. run.seeds=[1,2,3]")
+    doubled = isinstance(seeds, list) and len(set(map(str, seeds))) != len(seeds)
+    if doubled or seeds == [] or (isinstance(seeds, int) and not isinstance(seeds, bool)):
+        what, remedy = "seeds must be different from each other, and at least one", "run.seeds=3 for the seeds 1 to 3, or run.seeds=[1,2,3]"
+        yield _problem(composed, what, "run.seeds", remedy)
 
 
 def _protocol(composed: Composed) -> Iterator[Problem]:

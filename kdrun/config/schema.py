@@ -5,20 +5,24 @@ A field's type is what `kdrun.config.check` holds a value against; ranges are ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+# What a recipe's paper is about; the ledger can be narrowed to one.
+Family = Literal["image", "dense", "graph", "federated", "cross-modal", "language", "diffusion", "search", "theory", "security"]
 
 
 @dataclass(frozen=True)
 class Run:
     dir: str | None = None
     root: str = "outputs"
-    seeds: list[int] | None = None
+    seeds: list[int] | int | None = None  # n: the seeds 1 to n; composed to a list
     rivals: bool = False
     packed: bool = False
     dry: bool = False
     max_steps: int | None = None
     log_every: int = 50
+    diagnose: bool = False
     checkpoint_every: float = 1
     keep: int = 2
     ledger: bool = False
@@ -164,6 +168,7 @@ class Top:
     method: str | None = None
     paper: Paper | None = None
     scale: Literal["bench", "paper"] = "bench"
+    family: Family | None = None
     about: str | None = None
     published: list[Published] = field(default_factory=list)
     rivals: dict[str, list[str]] = field(default_factory=dict)
@@ -173,6 +178,7 @@ class Top:
     optim: Optim = Optim()
     hardware: Hardware = Hardware()
     cache: Cache = Cache()
+    track: dict[str, Any] = field(default_factory=dict)  # each tracker is typed by the class that it names
     teacher: dict[str, Any] = field(default_factory=dict)
     student: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -184,3 +190,10 @@ class Top:
 STUDENT_KEYS = {f.name for f in fields(StudentKeys)}
 TEACHER_KEYS = {f.name for f in fields(TeacherKeys)}
 FIXED = {"run": Run, "optim": Optim, "hardware": Hardware, "cache": Cache}
+
+
+def with_new_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree that an earlier version wrote, with the keys that have come since at their defaults: what they were before there was a choice."""
+    fresh = asdict(Top())
+    found = {**{key: fresh[key] for key in ("track", "cache", "family") if key not in tree}, **tree}
+    return found | {group: {**asdict(kind()), **(found.get(group) or {})} for group, kind in FIXED.items()}

@@ -18,7 +18,7 @@ from kdrun.errors import Problem, Refused, did_you_mean
 ALLOWED = ("kdrun", "torch", "torchvision", "timm", "transformers", "torch_geometric", "diffusers")  # packages that `_target_` may name
 UNSET = (None, "", "???")
 # What the classes of a group must offer.
-MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "measure", "source": "open", "plan": "run"}
+MUST_HAVE = {"dataset": "load", "objective": "terms", "evaluation": "measure", "source": "open", "plan": "run", "track": "numbers"}
 
 
 def allowed(tree: Mapping[str, Any]) -> tuple[str, ...]:
@@ -44,12 +44,12 @@ def find(target: Any, allowed: Collection[str], key: str, what: str) -> Any:
 
 def component(target: Any, allowed: Collection[str], group: str) -> type:
     """The class of a dataset, objective, evaluation or source. Raises `Refused` for anything else."""
-    key = f"{group}._target_"
+    key, kind = f"{group}._target_", group.partition(".")[0]
     found = find(target, allowed, key, group)
-    if not inspect.isclass(found) or not hasattr(found, MUST_HAVE[group]):
+    if not inspect.isclass(found) or not hasattr(found, MUST_HAVE[kind]):
         near = did_you_mean(str(target).rpartition(".")[2], members(found)) if isinstance(found, ModuleType) else ""
         raise Refused(
-            Problem(f"{target} is no class with a method '{MUST_HAVE[group]}'", key=key, remedy=near or f"name a class made as a {group}")
+            Problem(f"{target} is no class with a method '{MUST_HAVE[kind]}'", key=key, remedy=near or f"name a class made as a {group}")
         )
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdrun.dataset.base import Data
 from kdrun.engine.distributed import Ranks
+from kdrun.evaluation.breakdown import to_document
 from kdrun.student.taps import reads_tokens
 from kdrun.teacher.live import LiveTeacher
 from kdrun.teacher.silent import NoTeacher
@@ -46,6 +47,17 @@ class Evaluator:
         network.train(was)
         self.reads[split] = self.reads.get(split, 0) + 1
         return dict(found)
+
+    @torch.inference_mode()
+    def breakdown(self, network: nn.Module, split: str) -> dict[str, Any]:
+        """How right a network is by class and by confidence (`kdrun.evaluation.breakdown`); {} where the evaluation does not tell.
+        A collective. It is asked once, of weights that were measured before, and counts as no further look at the split."""
+        was = network.training
+        network.eval()
+        found = self.evaluation.breakdown(network, self._rows(split), self.data, self.device)
+        network.train(was)
+        sums = {name: self.ranks.sum(value) for name, value in found.items()}
+        return {"split": split, **to_document(sums, self.data.class_names)} if sums else {}
 
     def batches(self, split: str) -> Iterator[Batch]:
         """This rank's rows of a split, in order, as evaluated."""

@@ -70,10 +70,16 @@ class Stage:
     last_step: int | None = None  # stop early here (a tainted run); schedules still span total_steps
     step: int = 0  # optimiser steps done
     first_bad_step: Tensor | None = field(default=None, repr=False)
+    look: Callable[..., None] | None = None  # sees the terms of a logged step before it is made, and changes nothing
 
     @property
     def end(self) -> int:
         return self.total_steps if self.last_step is None else min(self.last_step, self.total_steps)
+
+    @property
+    def logs(self) -> bool:
+        """Whether the step that comes is a logging step."""
+        return (self.step + 1) % self.log_every == 0 or self.step == 0
 
     @property
     def progress(self) -> Progress:
@@ -115,7 +121,7 @@ def train_step(stage: Stage, hooks: Hooks) -> None:
             continue
         result = run_phase(stage, group, phase, progress)
         kept |= result.kept
-        if (stage.step + 1) % stage.log_every == 0 or stage.step == 0:
+        if stage.logs:
             hooks.logged(stage.step + 1, to_record(stage, phase, result))
     if stage.ema is not None:
         stage.ema.update_parameters(stage.learner.student)  # type: ignore[operator]
@@ -133,6 +139,8 @@ def run_phase(stage: Stage, group: Sequence[Batch], phase: str, progress: Progre
     with autocast:
         signals = [stage.teacher.signal(batch, needs) for batch in group]
     counts = count_items(stage, group)
+    if stage.look is not None and stage.logs:
+        stage.look(stage, phase, group, signals, weights, counts)
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     kept: list[dict[str, Tensor]] = []

@@ -28,6 +28,9 @@ PACKAGES = (
     "safetensors",
 )
 
+CODE = ("kdrun", "conf", "recipes")  # the folders that a number can depend on
+MOST_CHANGES = 20  # changed files that are listed
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions and machine, as plain data."""
@@ -57,8 +60,22 @@ def code() -> dict[str, Any]:
     if not commit:
         return {"commit": None, "dirty": None}
     # Only what a number can depend on: a changed ledger or README does not make the code another one.
-    changed = _git(folder.parent, "status", "--porcelain", "--", "kdrun", "conf", "recipes")
-    return {"commit": commit, "dirty": bool(changed), "changed": changed.splitlines()[:20] if changed else []}
+    changed = _git(folder.parent, "status", "--porcelain", "--", *CODE)
+    return {"commit": commit, "dirty": bool(changed), "changed": changed.splitlines()[:MOST_CHANGES] if changed else []}
+
+
+def changes_since(commit: str | None) -> str:
+    """How the present code differs from that of a commit, in one line: of what a number can depend on, as `code` has it."""
+    now, folder = code(), Path(kdrun.__file__).resolve().parent
+    if not commit or not now["commit"]:
+        return "the commit is not known" if not commit else "this is no git checkout: the present commit is not known"
+    if not _git(folder, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}"):
+        return f"commit {commit[:7]} is not in this checkout"
+    dirty = f"; {len(now['changed'])} uncommitted changes" if now["dirty"] else ""
+    if len(now["changed"]) == MOST_CHANGES:
+        dirty = dirty.replace("; ", "; at least ")
+    stat = _git(folder.parent, "diff", "--shortstat", f"{commit}..HEAD", "--", *CODE)
+    return (f"since {commit[:7]}: {stat}" if stat else f"the same as at {commit[:7]}") + dirty
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -14,11 +14,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kdrun.config.compose import Composed
+from kdrun.config.paths import importable
+from kdrun.config.schema import with_new_keys
 from kdrun.errors import CheckFailed, Problem, Refused
 from kdrun.strict_json import to_json
 
 STUDENT_FILE = "student.safetensors"
 CONFIG, ORIGIN, METRICS, TIMING, SUMMARY = "config.yaml", "run.json", "metrics.jsonl", "timing.jsonl", "summary.json"
+EVALUATION = "evaluation.json"  # by class and by confidence, of the student that is exported
+DIAGNOSTICS = "diagnostics.jsonl"  # the terms at the logits, where run.diagnose asks for it
 LOCK = ".lock"  # is there while a process works in the folder
 
 
@@ -134,6 +138,7 @@ def to_document(composed: Composed) -> dict[str, Any]:
 
 def from_document(document: Mapping[str, Any]) -> Composed:
     keys = ("tree", "origins", "choices", "recipe", "overrides", "config_dirs")
+    importable(document["config_dirs"])
     return Composed(**{k: document[k] for k in keys})
 
 
@@ -141,7 +146,8 @@ def load_run(folder: Path) -> Composed:
     """The configuration of an existing run. Raises `Refused` where the folder is not a run."""
     if not (folder / ORIGIN).is_file():
         raise Refused(Problem("this is not a run folder (it has no run.json)", "", str(folder), "`kdrun ls runs` lists the runs"))
-    return from_document(read_json(folder / ORIGIN))
+    document = read_json(folder / ORIGIN)
+    return from_document({**document, "tree": with_new_keys(document["tree"])})
 
 
 class MetricsFile:

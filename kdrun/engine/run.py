@@ -23,6 +23,7 @@ from kdrun.engine.report import Reporter
 from kdrun.engine.session import Session
 from kdrun.engine.stage import Stopped
 from kdrun.engine.summary import Result
+from kdrun.engine.tracking import open_trackers, tracked
 from kdrun.errors import CheckFailed, Problem, Refused
 from kdrun.evaluation import cost
 
@@ -47,6 +48,7 @@ def opened(
 ) -> Iterator[Session]:
     """A run that was checked, in its folder, which is held while it lasts. Raises as `execute`."""
     tree = composed.tree
+    open_trackers(tree if ranks.first else {})  # a package that is missing is said before anything is loaded
     device = pick_device(tree["hardware"], ranks.local_rank)
     set_up(tree["hardware"], device)
     data = data or load_data(tree)
@@ -61,8 +63,9 @@ def opened(
         if ranks.first and not resume:
             open_folder(session.folder, composed)
         ranks.barrier()
-        reporter.run_started(title(composed), session.folder, facts(composed, built, plan, device))
-        yield session
+        with tracked(composed, title(composed), session.folder, reporter, ranks) as session.reporter:
+            session.reporter.run_started(title(composed), session.folder, facts(composed, built, plan, device))
+            yield session
 
 
 def title(composed: Composed) -> str:

@@ -18,7 +18,7 @@ from kdrun.engine.distributed import Ranks
 from kdrun.engine.forecast import forecast
 from kdrun.engine.optim import try_settings
 from kdrun.engine.plots import plot_curves
-from kdrun.engine.records import STUDENT_FILE, SUMMARY, read_json, write_json
+from kdrun.engine.records import EVALUATION, STUDENT_FILE, SUMMARY, read_json, write_json
 from kdrun.engine.report import Reporter
 from kdrun.engine.stage import StageRun, make_stage
 from kdrun.engine.summary import Result, conclude, provenance_of, summarise, teacher_line
@@ -142,6 +142,7 @@ class Session:
     def finish(self, training: StageRun, metrics: Mapping[str, float] | None = None, facts: Mapping[str, Any] | None = None) -> Result:
         built = training.built
         training.take_best()
+        detail = training.evaluator.breakdown(training.network(), "test") if "test" in built.data.splits else {}
         student = training.exported()
         summary = summarise(self.composed, student, training, self._known(built), self.device, metrics or {}, self._spent())
         summary |= {**(facts or {}), "folder": str(self.folder)}
@@ -151,8 +152,11 @@ class Session:
                 self._write_provenance(built)
             save_student(student, self.folder / STUDENT_FILE, {"recipe": str(self.composed.recipe), "config_hash": self.composed.hash()})
             plot_curves(training.folder)
+            if detail:
+                write_json(self.folder / EVALUATION, detail)
             built.evaluation.picture(self.folder, student, built.teacher, built.data, self.device)
             write_json(self.folder / SUMMARY, summary)
+            self.reporter.run_done(summary)
         self.ranks.barrier()
         return Result(self.folder, summary)
 
@@ -163,6 +167,7 @@ class Session:
         if self.ranks.first:
             self._write_provenance(built)
             write_json(self.folder / SUMMARY, summary)
+            self.reporter.run_done(summary)
         self.ranks.barrier()
         return Result(self.folder, summary)
 

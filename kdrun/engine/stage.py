@@ -21,6 +21,7 @@ from kdrun.engine.build import Built, build_student_network, open_source
 from kdrun.engine.caching import cached
 from kdrun.engine.choices import apply, choose
 from kdrun.engine.device import DTYPES, peak_memory_bytes
+from kdrun.engine.diagnosis import Diagnosis, first_step
 from kdrun.engine.distributed import Ranks
 from kdrun.engine.evaluate import Evaluator
 from kdrun.engine.forecast import Forecast
@@ -155,12 +156,18 @@ class StageRun:
         self.tokens: int | None = None  # scored ones of the last logged step
         self._written: dict[str, float] = {}  # what the source's writing had cost before a resume
         self.forecast: Forecast | None = None  # of what the stage costs
+        self.diagnosis = Diagnosis(folder, reporter, per_epoch, first)
+        if tree["run"].get("diagnose"):
+            stage.look = self.diagnosis
 
     # -- the loop's hooks -----------------------------------------------------------------------------------------
 
     def logged(self, step: int, record: dict[str, Any]) -> None:
         epoch = round(step / self.built.steps_per_epoch, 4)
         self.metrics.write({"stage": self.stage.name, "step": step, "epoch": epoch, **record, **self.written()})
+        if step == 1 and not self.reporter.brief and len(self.stage.objective.phases) == 1:
+            weights = self.stage.objective.weights(self.stage.progress)
+            self.reporter.note(first_step(self.stage.name, record["terms"], weights, self.stage.classes, self.diagnosis.last))
         self._measure_rate(step)
         self.tokens = record.get("tokens")
         self.reporter.logged(self.stage.name, step, {**record, **self.speed(), "memory_bytes": peak_memory_bytes(self.stage.device)})
@@ -181,7 +188,9 @@ class StageRun:
     def begin(self, resume: bool) -> None:
         """Go back to where a killed run left the stage, or to its beginning."""
         if resume and self.restore():
+            self.diagnosis.cut(self.stage.step)
             return
+        self.diagnosis.cut(0)
         self.metrics.cut(0)  # what a run that was killed before its first checkpoint left
         if isinstance(self.stage.source, Hears):
             self.stage.source.hear(self.evaluator.measure(self.network(), "validation"))

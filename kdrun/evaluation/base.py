@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdrun.errors import Problem, Refused, did_you_mean
+from kdrun.evaluation.breakdown import Sums
 from kdrun.evaluation.protocol import Protocol as WhichEpoch
 from kdrun.student.taps import ask
 from kdrun.types import Batch, Teacher
@@ -80,6 +81,10 @@ class Evaluation:
         for batch, said in rows:
             meter.update(ask(network, batch).float(), batch.targets, said)
         return meter.compute()
+
+    def breakdown(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> Sums:
+        """Sums by class and by confidence over the rows of a split, of a network in evaluation mode; none by default."""
+        return {}
 
     def picture(self, folder: Path, network: nn.Module, teacher: Teacher, data: Data, device: torch.device) -> None:
         """Draw what people would rather look at than read, into the run folder; nothing by default."""

@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from kdrun.dataset.base import Data
 from kdrun.errors import Problem, Refused, RunFailed
-from kdrun.evaluation.base import Evaluation
+from kdrun.evaluation.base import Evaluation, Rows
+from kdrun.evaluation.breakdown import Breakdown, Sums
 from kdrun.evaluation.calibration import CalibrationError, SelectiveRisk, confidence_and_hits
+from kdrun.student.taps import ask
 
 
 @dataclass(eq=False)
@@ -69,6 +71,12 @@ class Classification(Evaluation):
             raise Refused(Problem(what, "evaluation.primary", "", f"evaluation.primary={names[0]}"))
         ranks = [k for k in self.top_k if k < classes]
         return Meter(classes, ranks, self.bins, "pair_order" in names, self.aurc, torch.device(device))
+
+    def breakdown(self, network: nn.Module, rows: Rows, data: Data, device: torch.device) -> Sums:
+        found = Breakdown(data.classes, self.bins, device)
+        for batch, said in rows:
+            found.update(ask(network, batch), batch.targets, said)
+        return found.sums()
 
 
 class Meter:

@@ -20,7 +20,9 @@ from kdrun.engine.records import write_json
 from kdrun.engine.summary import taints
 from kdrun.errors import CheckFailed, Refused
 from kdrun.evaluation.metrics import KINDS, kind
+from kdrun.ledger import lineage
 from kdrun.ledger.claims import ClaimResult, claim_problems, judge_claim, parse_claim
+from kdrun.ledger.leaderboard import leaderboard
 from kdrun.ledger.published import lookup
 from kdrun.ledger.statistics import paired, summary
 from kdrun.ledger.table import read_ledger
@@ -53,6 +55,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
     return {
         "recipe": composed.recipe,
         "paper": tree["paper"],
+        "family": tree["family"],
         "scale": tree["scale"],
         "metric": primary,
         "method": method,
@@ -62,6 +65,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
             for arm in table
             if arm != method and method in table
         },
+        "leaderboard": _board(table, primary),
         "claims": [_clean(dataclasses.asdict(c)) for c in claims],
         "published": dataclasses.asdict(published) if published else None,
         "teacher": _teacher([s["teacher"] for job, s in done if job.arm == method]),
@@ -82,6 +86,7 @@ def assess(composed: Composed, listed: Sequence[Job], folder: Path) -> dict[str,
         },
         "student": done[0][1]["student"] if done else {},
         "code": provenance.code(),
+        "provenance": lineage.of_runs([job.folder for job, _ in done]),
         "folder": str(folder),
         "finished": time.strftime("%Y-%m-%d"),
     }
@@ -123,21 +128,41 @@ def must_be_recordable(composed: Composed) -> None:
     _refuse([*taints(composed), *_not_the_recipe(composed, changed_from_recipe(composed))])
 
 
-def write_record(composed: Composed, document: Mapping[str, Any]) -> Path:
-    """Put a finished comparison into <root>/ledger. Raises `CheckFailed` for what may not enter it."""
+def write_record(composed: Composed, document: Mapping[str, Any], suffix: str = "") -> Path:
+    """Put a finished comparison into <root>/ledger. `suffix`: what tells it from the recipe's own record, e.g. a sweep's name. Raises
+    `CheckFailed` for what may not enter it."""
     missing = document["planned_runs"] - document["runs"]
     reasons = [*document["tainted"], *_not_the_recipe(composed, document["changed"])]
     _refuse([*reasons, *([f"{missing} of {document['planned_runs']} runs are missing"] if missing else [])])
-    folder = Path(composed.tree["run"]["root"]) / "ledger"
-    folder.mkdir(parents=True, exist_ok=True)
-    others = other_choices(composed)
-    chosen = {group: others[group] for group in FREE_CHOICES if group in others}
-    name = "-".join([str(composed.recipe), *(f"{group}_{option}" for group, option in chosen.items())])
+    file = record_file(composed, suffix)
+    file.parent.mkdir(parents=True, exist_ok=True)
     record = {k: v for k, v in document.items() if k not in ("folder", "tainted", "changed", "planned_runs")}
     record["teacher"] = {k: v for k, v in record["teacher"].items() if k != "from"}  # a path of one machine
-    record["chosen"] = chosen
-    write_json(folder / f"{name}.json", record)
-    return folder / f"{name}.json"
+    record |= {"chosen": _chosen(composed), "overrides": portable(composed.overrides)}
+    write_json(file, record)
+    return file
+
+
+def record_file(composed: Composed, suffix: str = "") -> Path:
+    """Where the record of this experiment is, or would be: every pair and method of a recipe has one of its own."""
+    pair = [f"{group}_{option}" for group, option in _chosen(composed).items()]
+    name = "-".join([str(composed.recipe), *pair, *([suffix] if suffix else [])])
+    return Path(composed.tree["run"]["root"]) / "ledger" / f"{name}.json"
+
+
+def _chosen(composed: Composed) -> dict[str, str]:
+    others = other_choices(composed)
+    return {group: others[group] for group in FREE_CHOICES if group in others}
+
+
+def portable(overrides: Sequence[str]) -> list[str]:
+    """The part of a command line that a repetition needs: choices, seeds, arms and hardware; not where its author kept things."""
+
+    def needed(key: str) -> bool:
+        group = key.partition(".")[0]
+        return key in ("run.rivals", "run.packed", "seed") or (group not in ("recipe", "run", "track") and key != "dataset.path")
+
+    return [text for text in overrides if needed(text.lstrip("+~").partition("=")[0])]
 
 
 def _not_the_recipe(composed: Composed, changed: Sequence[str]) -> list[str]:
@@ -166,8 +191,17 @@ def _answerable(text: str, table: Mapping[str, Any], primary: str) -> bool:
     return all(metric in table.get(arm, ()) for arm, metric in claim.sides)
 
 
+def _board(table: Mapping[str, Mapping[str, Mapping[int, float]]], primary: str) -> list[dict[str, Any]]:
+    """The arms ranked, with who cannot be told apart; [] for a metric whose better direction is not known."""
+    told = kind(primary)
+    if told is None:
+        return []
+    rows = leaderboard({arm: metrics[primary] for arm, metrics in table.items() if primary in metrics}, told.higher_is_better)
+    return [{**dataclasses.asdict(row), "ties": row.mark} for row in rows]
+
+
 def _row(by_seed: Mapping[int, float]) -> dict[str, Any]:
-    return {**dataclasses.asdict(summary(list(by_seed.values()))), "by_seed": {str(k): round(v, 4) for k, v in by_seed.items()}}
+    return {**dataclasses.asdict(summary(list(by_seed.values()))), "by_seed": {str(k): v for k, v in by_seed.items()}}
 
 
 def _clean(claim: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,19 @@ from typing import Any
 
 from kdrun.evaluation.metrics import kind
 
-COLUMNS = ("recipe", "published", "measured (95 % interval, n)", "rivals", "student alone", "teacher", "claims", "verdict", "cost")
+COLUMNS = (
+    "recipe",
+    "family",
+    "published",
+    "measured (95 % interval, n)",
+    "rivals",
+    "student alone",
+    "teacher",
+    "claims",
+    "verdict",
+    "cost",
+    "commit",
+)
 ALONE = ("ce", "sft")  # arms without a teacher: labels alone
 SHORT = 60  # letters of a published table's name that a row of another setting has room for
 
@@ -31,16 +43,23 @@ def read_ledger(root: Path) -> list[dict[str, Any]]:
 
 
 def cells(record: Mapping[str, Any]) -> list[str]:
-    """One row, as text, in the order of COLUMNS."""
-    metric, method = record["metric"], record["method"]
-    arms = record["arms"]
+    """One row, as text, in the order of COLUMNS. A recipe that was never run has no arms, and its verdict says why."""
+    head = [
+        " ".join([record["recipe"], *(f"{group}={option}" for group, option in record.get("chosen", {}).items())]),
+        record.get("family") or "-",
+        _published(record),
+    ]
+    if not record["arms"]:
+        verdict = record["verdict"]
+        said = verdict["name"] if verdict["name"] == "not attempted" else f"{verdict['name']}: {verdict['reason']}"
+        return [*head, "-", "-", "-", "-", "-", said, "-", "-"]
+    metric, method, arms = record["metric"], record["method"], record["arms"]
     alone = next((arm for arm in ALONE if arm in arms), None)
     rivals = ", ".join(f"{arm} {number(arms[arm][metric]['mean'], metric)}" for arm in ranked(arms, metric) if arm not in (method, alone))
     shown = [c for c in record["claims"] if c["holds"] is True]
     cost = record["cost"]
     return [
-        " ".join([record["recipe"], *(f"{group}={option}" for group, option in record.get("chosen", {}).items())]),
-        _published(record),
+        *head,
         f"{method} {_measured(arms[method][metric], metric)}",
         rivals or "-",
         number(arms[alone][metric]["mean"], metric) if alone else "-",
@@ -48,7 +67,13 @@ def cells(record: Mapping[str, Any]) -> list[str]:
         f"{len(shown)} of {len(record['claims'])} show",
         record["verdict"]["name"],
         f"{cost['seconds'] / 60:.0f} min on {cost['hardware'].split(',')[0]}",
+        commit(record["code"]),
     ]
+
+
+def commit(code: Mapping[str, Any]) -> str:
+    """The commit in short; with a + where the work tree had changes of the code, a configuration or a recipe."""
+    return "-" if not code.get("commit") else code["commit"][:7] + ("+" if code.get("dirty") else "")
 
 
 def number(value: float | None, metric: str, sign: str = "") -> str:
@@ -81,14 +106,18 @@ def ranked(arms: Mapping[str, Any], metric: str) -> list[str]:
 
 def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """One record for machines: recipe, paper, scale, metric, published, measured, interval, n, verdict, cost, commit and all arms."""
-    row = record["arms"][record["method"]][record["metric"]]
+    arms, metric = record["arms"], record["metric"]
+    row = arms[record["method"]][metric] if arms else {"n": 0, "mean": None, "sd": None, "low": None, "high": None}
+    alone = next((arm for arm in ALONE if arm in arms and arm != record["method"]), None)
     paper = record["paper"] or {}
     return {
         "recipe": record["recipe"],
         "chosen": record.get("chosen", {}),
+        "family": record.get("family"),
         "paper": paper.get("arxiv") or paper.get("title"),
         "scale": record["scale"],
-        "metric": record["metric"],
+        "metric": metric,
+        "method": record["method"],
         "published": record["published"],
         "measured": row["mean"],
         "sd": row["sd"],
@@ -97,10 +126,15 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": record["verdict"]["name"],
         "reason": record["verdict"]["reason"],
         "claims": record["claims"],
-        "arms": record["arms"],
+        "student_alone": arms[alone][metric]["mean"] if alone else None,
+        "teacher_measured": record["teacher"].get(metric),
+        "rivals": {arm: arms[arm][metric]["mean"] for arm in ranked(arms, metric) if arm not in (record["method"], alone)},
+        "arms": arms,
+        "leaderboard": record.get("leaderboard", []),
         "teacher": record["teacher"],
         "cost": record["cost"],
         "commit": record["code"]["commit"],
+        "dirty": record["code"].get("dirty"),
         "config_hash": record["config_hash"],
     }
 
@@ -133,5 +167,6 @@ def _published(record: Mapping[str, Any]) -> str:
     if not published:
         return "-"
     if record["scale"] == "paper":
-        return f"{number(published['value'], published['metric'])} ({published['table']})"
+        where = "" if published["metric"] == record["metric"] else f"{published['metric']} "
+        return f"{where}{number(published['value'], published['metric'])} ({published['table']}, {published['protocol']})"
     return f"another setting: {textwrap.shorten(published['table'].partition(';')[0], SHORT, placeholder=' ...')}"

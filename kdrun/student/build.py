@@ -52,6 +52,25 @@ def _arguments(
     return arguments
 
 
+def call_of(
+    node: Mapping[str, Any],
+    classes: int,
+    input_shape: tuple[int, ...],
+    *,
+    reserved: Collection[str] = RESERVED,
+    allowed: Collection[str] = ALLOWED,
+    key: str = "student",
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What `build` calls, and with which arguments. Raises as it does; nothing is made."""
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    assert isinstance(plain, dict)
+    name = str(plain.get("_target_"))
+    target = resolve(plain.get("_target_"), allowed, f"{key}._target_")
+    given = {str(k): v for k, v in plain.items() if k not in reserved and k not in RESERVED}
+    arguments = _arguments(target, name, given, classes, input_shape, key)
+    return target, arguments
+
+
 def build(
     node: Mapping[str, Any],
     classes: int,
@@ -70,12 +89,8 @@ def build(
     Raises `kdrun.errors.Refused` for a target or argument that cannot be, with the nearest legal names. `key`: the node's place in the
     configuration, for errors.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    assert isinstance(plain, dict)
-    name = str(plain.get("_target_"))
-    target = resolve(plain.get("_target_"), allowed, f"{key}._target_")
-    given = {str(k): v for k, v in plain.items() if k not in reserved and k not in RESERVED}
-    arguments = _arguments(target, name, given, classes, input_shape, key)
+    target, arguments = call_of(node, classes, input_shape, reserved=reserved, allowed=allowed, key=key)
+    name = str(node.get("_target_"))
     try:
         network = target(**arguments)
     except Refused as refused:

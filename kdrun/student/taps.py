@@ -108,7 +108,7 @@ def _install(
     ]
 
 
-def _logits(network: nn.Module, output: Any) -> Tensor:
+def logits_of(network: nn.Module, output: Any) -> Tensor:
     """What a network says: a tensor, or the field of that name in the outputs of transformers. Of a language model whose matrix is larger
     than its vocabulary, the true tokens alone."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -147,7 +147,7 @@ class Tapped(nn.Module):
     def forward(self, x: Tensor, extra: Mapping[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         taken: dict[str, Tensor] = {}
         self._box.taken = taken
-        logits = _logits(self.module, self.module(x, **taken_by(self.module, extra or {})))
+        logits = logits_of(self.module, self.module(x, **taken_by(self.module, extra or {})))
         self._box.taken = None
         return logits, taken
 
@@ -159,7 +159,7 @@ def taken_by(network: nn.Module, extra: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def ask(network: nn.Module, batch: Batch) -> Tensor:
     """What a bare network says of a batch: logits [B, C], or whatever tensor it speaks."""
-    return _logits(network, network(batch.inputs, **taken_by(network, batch.extra)))
+    return logits_of(network, network(batch.inputs, **taken_by(network, batch.extra)))
 
 
 def stand_ins(network: nn.Module, rows: int, like: Tensor) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def model_spec(
     handles = _install(module, box, taps, wanted, key, asked)
     try:
         with untouched(module, x.device):
-            logits = _logits(module, module(x, **stand_ins(module, 1, x)))
+            logits = logits_of(module, module(x, **stand_ins(module, 1, x)))
     except Exception as error:  # whatever a foreign network raises on an input that it was not made for
         what = f"{type(module).__name__} cannot run on an input of shape {list(input_shape)}: {error}"
         remedy = "choose a network for this input, or give it the argument that sets its input (in_channels, img_size, ...)"

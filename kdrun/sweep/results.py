@@ -10,6 +10,7 @@ from kdrun.config.compose import Composed
 from kdrun.engine import compare
 from kdrun.errors import CheckFailed
 from kdrun.evaluation.metrics import kind
+from kdrun.ledger import record as ledger
 from kdrun.ledger.leaderboard import leaderboard
 from kdrun.ledger.record import assess, other_choices, write_record
 from kdrun.sweep.manifest import Sweep
@@ -57,6 +58,11 @@ def base(sweep: Sweep) -> Composed:
 def arms(sweep: Sweep) -> list[compare.Job]:
     """The jobs as those of a comparison."""
     return [compare.Job(job.arm, job.seed, job.composed, sweep.place(job)) for job in sweep.jobs if job.composed is not None]
+
+
+def must_be_recordable(sweep: Sweep) -> None:
+    """Raise `CheckFailed`, before a job costs anything, for what keeps its record out of the ledger."""
+    ledger.must_be_recordable(base(sweep))
 
 
 def record(sweep: Sweep) -> Path:

@@ -31,6 +31,7 @@ defaults:
   - _self_
 paper: {title: "A small world", authors: "Nobody", venue: none, year: 2025, arxiv: "0000.00000"}
 scale: bench
+family: theory
 about: "Is pld above ce in a world of six classes?"
 dataset: {classes: 6, superclasses: 3, n_train: 96, n_test: 60}   # ours
 student: {hidden: [8]}        # ours

@@ -54,7 +54,21 @@ def test_an_unknown_name_is_refused_with_its_neighbours(refusal: Refusal, overri
         ("optim.lr=fast", "optim.lr: 'fast' is not a number", "give a number"),
         ("seed=1.5", "seed: 1.5 is not a whole number", "give a whole number"),
         ("run.dry=maybe", "run.dry: 'maybe' is not true or false", "give true or false"),
-        ("run.seeds=3", "run.seeds: 3 is not a list of whole numbers or null", "give a list of whole numbers or null"),
+        (
+            "run.seeds=many",
+            "run.seeds: 'many' is not a list of whole numbers or a whole number or null",
+            "give a list of whole numbers or a whole number or null",
+        ),
+        (
+            "run.seeds=0",
+            "run.seeds: seeds must be different from each other, and at least one",
+            "run.seeds=3 for the seeds 1 to 3, or run.seeds=[1,2,3]",
+        ),
+        (
+            "run.seeds=-2",
+            "run.seeds: seeds must be different from each other, and at least one",
+            "run.seeds=3 for the seeds 1 to 3, or run.seeds=[1,2,3]",
+        ),
         ("optim.epochs=0", "optim.epochs: must be above 0, not 0", "e.g. optim.epochs=1"),
         ("run.max_steps=0", "run.max_steps: must be above 0, not 0", "e.g. run.max_steps=1"),
         ("hardware.threads=-1", "hardware.threads: must be above 0, not -1", "e.g. hardware.threads=1"),

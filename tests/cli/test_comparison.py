@@ -19,6 +19,7 @@ from kdrun.cli.tables import show_comparison
 from kdrun.config.compose import compose
 from kdrun.engine.records import write_json
 from kdrun.engine.stage import StageRun
+from kdrun.ledger.leaderboard import leaderboard
 from tests.conftest import Outcome
 
 ARMS = ("pld", "ce", "kd")
@@ -80,6 +81,20 @@ def test_the_table_the_claims_and_the_verdict_are_printed(compared: tuple[Path, 
     assert "note: a world of this size shows nothing" in out
 
 
+def test_the_table_ranks_the_arms_and_says_who_is_tied(compared: tuple[Path, Outcome]) -> None:
+    """As the leaderboard of the runs' own numbers does, which the summary holds."""
+    summary, out = json.loads((compared[0] / "summary.json").read_text()), compared[1].out
+    rows = leaderboard(summaries(compared[0]), higher_is_better=True)
+    assert [(r["rank"], r["arm"], r["ties"], r["gap"]) for r in summary["leaderboard"]] == [(r.rank, r.arm, r.mark, r.gap) for r in rows]
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")][
+        1:
+    ]  # without the teacher
+    assert [row[0].split()[0] for row in table] == [r.arm for r in rows]
+    assert [row[-1] for row in table] == [r.mark for r in rows]
+    assert [row[6] for row in table] == ["", *(f"{r.gap:+.2f}" for r in rows[1:])]
+    assert "tied: arms that share a letter cannot be told apart" in out
+
+
 LOWER = {
     "recipe": "small", "scale": "bench", "metric": "nll", "method": "pld", "seeds": [1, 2], "teacher": {"nll": 0.1},
     "arms": {
@@ -88,6 +103,11 @@ LOWER = {
         "kd": {"nll": {"mean": None, "sd": None, "low": None, "high": None}, "top1": {"mean": 55.123}},
     },
     "differences": {"ce": {"mean": -1.28766, "low": -1.4, "high": -1.2}, "kd": {"mean": None, "low": None, "high": None}},
+    "leaderboard": [
+        {"rank": 1, "arm": "pld", "gap": None, "p": None, "paired": None, "ties": "a"},
+        {"rank": 2, "arm": "ce", "gap": 1.28766, "p": 0.0121, "paired": True, "ties": "b"},
+        {"rank": 3, "arm": "kd", "gap": None, "p": None, "paired": True, "ties": ""},
+    ],
     "claims": [], "verdict": {"name": "underpowered", "reason": "2 runs measured"}, "notes": [], "tainted": [], "folder": "run",
 }  # fmt: skip
 
@@ -102,10 +122,10 @@ def test_a_metric_of_which_less_is_better_is_told_in_its_unit_and_direction(own_
     assert "small (bench scale): nll (nats) over 2 seeds" in lines
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
     assert table == [
-        ["teacher", "0.1", "", "", "", ""],
-        ["kd", "NaN", "", "", "NaN", ""],
-        ["ce (student alone)", "1.9", "", "", "-1.288", "-1.4 to -1.2"],
-        ["pld", "0.6123", "0.01", "0.6 to 0.625", "", ""],
+        ["teacher", "0.1", "", "", "", "", "", "", ""],
+        ["pld", "0.6123", "0.01", "0.6 to 0.625", "", "", "", "", "a"],
+        ["ce (student alone)", "1.9", "", "", "-1.288", "-1.4 to -1.2", "+1.288", "0.012", "b"],
+        ["kd", "NaN", "", "", "NaN", "", "NaN", "", ""],
     ]
     # A line for each further metric that a claim names, the best arm first; of top5 no arm has a number.
     assert "top1: pld 60.00, kd 55.12, ce 50.00" in lines

@@ -18,7 +18,7 @@ from kdrun.cli.complete import offered
 from tests.conftest import Outcome
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ["teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache"]
+GROUPS = ["teacher", "student", "dataset", "source", "objective", "plan", "optim", "evaluation", "hardware", "cache", "track"]
 
 
 def offers(line: str) -> list[str]:
@@ -49,6 +49,7 @@ def offers(line: str) -> list[str]:
         ("kdrun train dataset=cifar100 dataset.pat", ["dataset.path="]),
         ("kdrun train dataset=cifar100 dataset.path=", []),  # the shell's own: files
         ("kdrun train run.dry=", ["run.dry=true", "run.dry=false"]),
+        ("kdrun train run.seeds=", ["run.seeds=3", "run.seeds=5", "run.seeds=10"]),  # seeds 1 to 3, 5 or 10
         ("kdrun train hardware.compile=o", ["hardware.compile=on", "hardware.compile=off"]),
         ("kdrun train hardware.deterministic=f", ["hardware.deterministic=false"]),
         ("kdrun train hardware.channels_last=t", ["hardware.channels_last=true"]),  # or auto, which it is
@@ -58,7 +59,16 @@ def offers(line: str) -> list[str]:
         ("kdrun ls ob", ["objectives"]),
         ("kdrun ls objectives ", []),  # it takes no more
         ("kdrun show --diff kd_c", ["kd_cifar100"]),
+        ("kdrun export --format o", ["onnx"]),
+        ("kdrun new o", ["objective"]),
+        ("kdrun new recipe mine --from pld_cifar100_", ["pld_cifar100_bench"]),
+        ("kdrun train track=ten", ["track=tensorboard"]),
+        ("kdrun train track=wandb track.wandb.mo", ["track.wandb.mode="]),
         ("kdrun ledger --verdict rep", ["reproduced"]),
+        ("kdrun ledger --family gr", ["graph"]),
+        ("kdrun ledger ", ["rerun"]),
+        ("kdrun reproduce pld_cifar100_", ["pld_cifar100_bench"]),
+        ("kdrun reproduce pld_cifar100_bench objective=dk", ["objective=dkd"]),
         ("kdrun ledger --scale=p", ["--scale=paper"]),
         ("kdrun bench vocab --loss re", ["reverse_kl"]),
     ],
@@ -78,6 +88,14 @@ def test_a_folder_of_ones_own_is_offered(own_recipes: Path) -> None:
     assert offers(f"kdrun train --config-dir {own_recipes} recipe=sma") == ["recipe=small"]
     assert offers(f"kdrun train --config-dir={own_recipes} recipe=small dataset.n_tr") == ["dataset.n_train="]
     assert offers(f"kdrun train --config-dir {own_recipes / 'nowhere'} recipe=sma") == []
+
+
+def test_records_are_offered_where_one_is_asked_for(here: Path) -> None:
+    (here / "outputs" / "ledger").mkdir(parents=True)
+    (here / "outputs" / "ledger" / "kd_digits.json").write_text("{}")
+    assert offers("kdrun ledger rerun kd") == ["kd_digits"]
+    assert offers("kdrun show ledger=k") == ["ledger=kd_digits"]
+    assert "ledger=" in offers("kdrun show l")
 
 
 def test_runs_are_offered_where_one_is_asked_for(here: Path) -> None:

@@ -18,6 +18,8 @@ HEAVY = [
 LIGHT = [
     ["--help"], ["--version"], ["--show-completion", "--shell=bash"],
     ["train", "--help"], ["eval", "--help"], ["resume", "--help"], ["plan", "--help"], ["doctor", "--help"], ["bench", "--help"],
+    ["report", "--help"],
+    ["export", "--help"], ["new", "--help"], ["ls", "track"], ["show", "recipe=pld_digits", "track=[tensorboard,mlflow]"],
     ["ls"], ["ls", "recipes"], ["ls", "objective"], ["ls", "objectives"], ["ls", "teachers", "--json"], ["ls", "students"],
     ["ls", "datasets", "-q"], ["ls", "runs"],
     ["show", "recipe=pld_cifar100"], ["show", "recipe=pld_cifar100", "--diff", "kd_cifar100"], ["show", "recipe=pld_cifar100", "--hash"],

@@ -10,11 +10,13 @@ from typing import get_args
 
 import pytest
 
-from kdrun.cli.ledger import Scale, Verdict
+from kdrun.cli.ledger import Family, Scale, Verdict
+from kdrun.config import schema
+from kdrun.config.paths import SearchPath
 from kdrun.ledger.verdict import Name
 from tests.conftest import Outcome
 
-KEYS = {"recipe", "paper", "scale", "metric", "published", "measured", "interval", "n", "verdict", "cost", "commit"}
+KEYS = {"recipe", "family", "paper", "scale", "metric", "published", "measured", "interval", "n", "verdict", "cost", "commit"}
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_markdown_keeps_the_scales_apart(kdrun: Callable[..., Outcome], root: Pa
     paper, bench = kdrun("ledger", "--markdown").out.split("**Bench")
     assert "small" not in paper
     assert "Not attempted yet" in paper
-    assert "| small | another setting: Table 9 | pld " in bench
+    assert "| small | theory | another setting: Table 9 | pld " in bench
 
 
 def test_an_empty_ledger_says_how_to_fill_it(kdrun: Callable[..., Outcome], here: Path) -> None:
@@ -61,15 +63,18 @@ def test_an_empty_ledger_says_how_to_fill_it(kdrun: Callable[..., Outcome], here
     assert not list(here.iterdir())
 
 
-def test_the_list_can_be_narrowed(kdrun: Callable[..., Outcome], root: Path) -> None:
+def test_the_list_can_be_narrowed(kdrun: Callable[..., Outcome], root: Path, own_recipes: Path) -> None:
+    own = f"--config-dir={own_recipes}"
     verdict = kdrun("ledger", "--json").json[0]["verdict"]
     for words, count in (
         (["--scale", "bench"], 1),
         (["--scale", "paper"], 0),
         (["--verdict", verdict], 1),
         (["--verdict", "reproduced"], 0),
+        (["--family", "theory"], 1),
+        (["--family", "image"], 0),
     ):
-        assert len(kdrun("ledger", *words, "--json").json) == count
+        assert len(kdrun("ledger", *words, own, "--json").json) == count
     assert kdrun("ledger", "--scale", "paper").out.strip() == "none of the 1 records is of this kind"
 
 
@@ -81,3 +86,37 @@ def test_every_verdict_can_be_asked_for() -> None:
     """The verb's own list spares it the import of scipy; it must be the same."""
     assert [v.value for v in Verdict] == list(get_args(Name))
     assert [s.value for s in Scale] == ["paper", "bench"]
+    assert [f.value for f in Family] == list(get_args(schema.Family))
+
+
+def test_a_record_tells_rivals_student_alone_teacher_and_commit(kdrun: Callable[..., Outcome], root: Path) -> None:
+    (told,) = kdrun("ledger", "--json").json
+    written = json.loads((root / "ledger" / "small.json").read_text())
+    assert told["student_alone"] == written["arms"]["ce"]["top1"]["mean"]
+    assert told["rivals"] == {"kd": written["arms"]["kd"]["top1"]["mean"]}
+    assert told["teacher_measured"] == written["teacher"]["top1"]
+    assert (told["commit"], told["dirty"]) == (written["code"]["commit"], written["code"]["dirty"])
+    assert [row["arm"] for row in told["leaderboard"]] == [row["arm"] for row in written["leaderboard"]]
+
+
+def test_all_lists_every_recipe_once_with_its_published_number(kdrun: Callable[..., Outcome], root: Path, own_recipes: Path) -> None:
+    told = kdrun("ledger", "--all", f"--config-dir={own_recipes}", "--json").json
+    assert sorted(row["recipe"] for row in told) == sorted(SearchPath.of([own_recipes]).options("recipes"))
+    rows = {row["recipe"]: row for row in told}
+    assert rows["small"]["n"] == 3
+    never = rows["pld_cifar100"]
+    assert (never["verdict"], never["n"], never["measured"], never["interval"]) == ("not attempted", 0, None, [None, None])
+    assert (never["published"]["value"], never["published"]["table"], never["family"]) == (73.97, "Table 1", "image")
+    assert {row["verdict"] for name, row in rows.items() if name != "small"} <= {"not attempted", "impossible here"}
+
+
+def test_what_was_never_run_stands_in_the_tables_only_if_asked_for(kdrun: Callable[..., Outcome], root: Path) -> None:
+    assert "pld_cifar100" not in kdrun("ledger", "--markdown").out
+    asked = kdrun("ledger", "--all", "--family", "image", "--scale", "paper", "--markdown").out
+    assert "| pld_cifar100 | image | 73.97 (Table 1, last) | - | - | - | - | - | not attempted | - | - |" in asked
+    assert "edgefd" not in asked
+
+
+@pytest.mark.parametrize("words", [["--family", "imag"], ["--scale", "small"], ["--verdict", "fine"]])
+def test_a_filter_that_there_is_not_is_refused(kdrun: Callable[..., Outcome], root: Path, words: list[str]) -> None:
+    assert kdrun("ledger", *words).code == 2

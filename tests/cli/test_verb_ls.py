@@ -98,7 +98,7 @@ def test_a_list_that_there_is_not_is_refused_with_its_neighbour(kdrun: Callable[
     assert "did you mean objectives" in outcome.err
 
 
-def test_sweeps_are_listed_with_how_their_jobs_stand(kdrun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_are_listed_with_the_state_of_jobs(kdrun: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert kdrun("ls", "sweeps").out.strip() == "no sweeps yet"
     folder = tmp_path / "outputs" / "sweeps" / "mine"

@@ -75,8 +75,8 @@ def test_a_run_says_what_it_does_and_ends_with_its_number(finished: tuple[Path, 
 
 def test_a_run_leaves_what_it_promises(finished: tuple[Path, Outcome]) -> None:
     folder = finished[0]
-    files = "config.yaml run.json provenance.json metrics.jsonl timing.jsonl summary.json student.safetensors checkpoints plots"
-    assert {p.name for p in folder.iterdir()} == set(files.split())
+    files = "config.yaml run.json provenance.json metrics.jsonl timing.jsonl summary.json evaluation.json"
+    assert {p.name for p in folder.iterdir()} == {*files.split(), "student.safetensors", "checkpoints", "plots"}
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["teacher"]["sha256"]
     assert provenance["data"]["fingerprint"]

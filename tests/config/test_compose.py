@@ -177,3 +177,18 @@ def test_a_missing_config_dir_is_refused(tmp_path: Path) -> None:
 )
 def test_types_of_plain_values(value: object, hint: object, answer: bool) -> None:
     assert fits(value, hint) is answer
+
+
+def test_a_number_of_seeds_means_the_first_ones() -> None:
+    composed = compose(["recipe=kd_digits", "run.seeds=5"])
+    check(composed, build=False)
+    assert composed.tree["run"]["seeds"] == [1, 2, 3, 4, 5]
+    assert composed.origins["run.seeds"] == COMMAND_LINE
+    assert composed.hash() == compose(["recipe=kd_digits", "run.seeds=[1,2,3,4,5]"]).hash()
+    assert compose(["recipe=kd_digits", "run.seeds=[7]"]).tree["run"]["seeds"] == [7]
+    assert compose(["recipe=kd_digits", "run.seeds=null"]).tree["run"]["seeds"] is None
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "[]", "[1,1]", "true", "1.5"])
+def test_seeds_that_are_none_are_refused(seeds: str) -> None:
+    assert any(p.startswith("run.seeds: ") for p in refused([f"run.seeds={seeds}"], build=False))

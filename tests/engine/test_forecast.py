@@ -66,4 +66,6 @@ def test_the_lines_tell_the_estimators_error() -> None:
     ]
     summary["actual"]["peak_memory_bytes"] = 205 * mebi
     assert forecast_lines(summary)[0] == "peak memory not above 205 MiB, which the process had used before the first step"
+    summary["predicted"]["peak_before_bytes"], summary["actual"]["peak_memory_bytes"] = 190 * mebi, 199 * mebi
+    assert forecast_lines(summary)[0] == "peak memory not above 199 MiB, which the process had used before the first step"
     assert forecast_lines({}) == []  # of a run before there were any

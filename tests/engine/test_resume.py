@@ -181,3 +181,18 @@ def test_a_resumed_run_keeps_its_configuration(tiny: list[str], tmp_path: Path, 
     assert refused.code == 2
     assert "optim.lr=1.0" in refused.err
     assert "plan.start_from=" in refused.err
+
+
+def test_a_run_of_an_earlier_version_is_resumed_and_measured(tiny: list[str], tmp_path: Path, kdrun: Command) -> None:
+    """Keys that have come since are at their defaults."""
+    import json
+
+    run_killed([*tiny, "objective=kd"], tmp_path / "run", "step_done", 2)
+    file = tmp_path / "run" / "run.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    for group, name in (("run", "diagnose"), ("run", "packed"), ("hardware", "deterministic"), ("cache", "path")):
+        del document["tree"][group][name]
+    del document["tree"]["track"]
+    file.write_text(json.dumps(document), encoding="utf-8")
+    assert kdrun("resume", str(tmp_path / "run"), "--quiet").code == 0
+    assert kdrun("eval", str(tmp_path / "run"), "--json").code == 0

@@ -22,6 +22,8 @@ STOREY = {
     "plan": 3,
     "engine": 4,
     "ledger": 5,
+    "export": 6,
+    "report": 5,
     "hardware": 6,
     "cli": 7,
 }

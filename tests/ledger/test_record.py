@@ -12,8 +12,8 @@ import pytest
 from kdrun.config.compose import Composed, compose
 from kdrun.engine.compare import Job
 from kdrun.errors import CheckFailed
-from kdrun.ledger.record import assess, changed_from_recipe, must_be_recordable, other_choices, write_record
-from kdrun.ledger.table import flat, read_ledger
+from kdrun.ledger.record import assess, changed_from_recipe, must_be_recordable, other_choices, portable, record_file, write_record
+from kdrun.ledger.table import cells, flat, read_ledger
 
 RECIPE = """# @package _global_
 defaults:
@@ -145,6 +145,46 @@ def test_it_says_what_made_it(document: dict[str, Any], recipes: Path) -> None:
     assert document["code"].keys() >= {"commit", "dirty"}
     assert document["teacher"]["top1"] == 99.0
     assert document["notes"] == ["a note"]
+
+
+def test_the_arms_are_ranked_with_who_is_tied(document: dict[str, Any]) -> None:
+    """pld minus kd is 0, -1, 1: not to be told apart; both are some ten points above ce."""
+    assert [(r["rank"], r["arm"], r["ties"]) for r in document["leaderboard"]] == [(1, "pld", "a"), (1, "kd", "a"), (3, "ce", "b")]
+    assert document["leaderboard"][2]["gap"] == pytest.approx(-10.0)
+
+
+def test_a_record_may_stand_beside_the_recipe_s_own(document: dict[str, Any], recipes: Path) -> None:
+    composed = composed_of(recipes, "objective=dkd")
+    assert write_record(composed, document, suffix="many").name == "small-objective_dkd-many.json"
+
+
+def test_single_runs_are_kept_to_the_last_bit(recipes: Path, tmp_path: Path) -> None:
+    """A repetition is held against them."""
+    value = 61.23456789012345
+    document = assess(
+        composed_of(recipes), finish(composed_of(recipes), tmp_path / "run", {"pld": (value, value, value)}), tmp_path / "run"
+    )
+    assert document["arms"]["pld"]["top1"]["by_seed"] == {"1": value, "2": value, "3": value}
+
+
+def test_the_command_line_is_kept_without_what_belongs_to_one_machine(document: dict[str, Any], recipes: Path) -> None:
+    said = ["teacher=mlp", "objective=dkd", "hardware.threads=1", "run.seeds=[1,2]", "run.dir=/home/x", "dataset.path=/data", "seed=3"]
+    assert portable(["recipe=small", *said, "run.ledger=true", "run.rivals=false"]) == [
+        "teacher=mlp", "objective=dkd", "hardware.threads=1", "seed=3", "run.rivals=false",
+    ]  # fmt: skip
+    composed = composed_of(recipes, "hardware.threads=1")
+    record = json.loads(write_record(composed, document).read_text())
+    assert record["overrides"] == ["hardware.threads=1"]
+    assert record_file(composed).name == "small.json"
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_uncommitted_changes_do_not_keep_a_record_out_but_are_told(document: dict[str, Any], recipes: Path, dirty: bool) -> None:
+    composed = composed_of(recipes)
+    code = {"commit": "0123abcdef", "dirty": dirty, "changed": ["M kdrun/x.py"] if dirty else []}
+    record = json.loads(write_record(composed, {**document, "code": code}).read_text())
+    assert record["code"] == code
+    assert cells(record)[-1] == ("0123abc+" if dirty else "0123abc")
 
 
 def test_a_record_is_written_without_what_belongs_to_one_machine(document: dict[str, Any], recipes: Path) -> None:

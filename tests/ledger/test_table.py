@@ -17,7 +17,7 @@ def row(mean: float, low: float | None = None, high: float | None = None, n: int
 
 
 RECORD: dict[str, Any] = {
-    "recipe": "pld_small", "chosen": {}, "paper": {"title": "A paper", "arxiv": "2506.12542"}, "scale": "paper",
+    "recipe": "pld_small", "family": "image", "chosen": {}, "paper": {"title": "A paper", "arxiv": "2506.12542"}, "scale": "paper",
     "metric": "top1", "method": "pld",
     "published": {"value": 73.97, "spread": 0.05, "n": 3, "metric": "top1", "table": "Table 1", "protocol": "last"},
     "arms": {"pld": {"top1": row(73.5, 73.0, 74.0)}, "ce": {"top1": row(71.0)}, "kd": {"top1": row(72.0)}, "dkd": {"top1": row(72.5)}},
@@ -40,7 +40,8 @@ def shown(record: dict[str, Any]) -> dict[str, str]:
 def test_a_row_holds_published_measured_rivals_student_and_teacher(record: dict[str, Any]) -> None:
     assert shown(record) == {
         "recipe": "pld_small",
-        "published": "73.97 (Table 1)",
+        "family": "image",
+        "published": "73.97 (Table 1, last)",
         "measured (95 % interval, n)": "pld 73.50 (73.00 to 74.00, 3)",
         "rivals": "dkd 72.50, kd 72.00",  # the best first; the student alone has a column of its own
         "student alone": "71.00",
@@ -48,6 +49,7 @@ def test_a_row_holds_published_measured_rivals_student_and_teacher(record: dict[
         "claims": "1 of 2 show",
         "verdict": "reproduced",
         "cost": "2 min on 2 CPU cores (x86_64)",
+        "commit": "0123abc",
     }
 
 
@@ -107,6 +109,28 @@ def test_another_pair_of_a_recipe_is_told_apart(record: dict[str, Any]) -> None:
     assert shown(record)["recipe"] == "pld_small"
 
 
+def test_a_commit_with_changes_around_it_is_marked(record: dict[str, Any]) -> None:
+    record["code"] = {"commit": "0123abcdef", "dirty": True}
+    assert shown(record)["commit"] == "0123abc+"
+    assert flat(record)["dirty"] is True
+    record["code"] = {"commit": None, "dirty": None}
+    assert shown(record)["commit"] == "-"
+
+
+def test_a_published_number_of_another_metric_names_it(record: dict[str, Any]) -> None:
+    record["published"]["metric"] = "alpaca_eval"
+    assert shown(record)["published"] == "alpaca_eval 73.97 (Table 1, last)"
+
+
+@pytest.mark.parametrize(("name", "said"), [("not attempted", "not attempted"), ("impossible here", "impossible here: no GPU")])
+def test_a_recipe_that_was_never_run_is_a_row_of_dashes_and_a_verdict(record: dict[str, Any], name: str, said: str) -> None:
+    never = {**record, "arms": {}, "claims": [], "teacher": {}, "cost": None, "verdict": {"name": name, "reason": "no GPU"}}
+    told = shown(never)
+    assert (told["published"], told["verdict"]) == ("73.97 (Table 1, last)", said)
+    assert {told[column] for column in COLUMNS[3:8]} == {"-"}
+    assert (flat(never)["n"], flat(never)["measured"], flat(never)["verdict"]) == (0, None, name)
+
+
 def test_machines_get_flat_keys(record: dict[str, Any]) -> None:
     told = flat(record)
     assert told.keys() >= {"recipe", "paper", "scale", "metric", "published", "measured", "interval", "n", "verdict", "cost", "commit"}
@@ -125,9 +149,9 @@ def test_a_paper_without_a_number_goes_by_its_title(record: dict[str, Any], pape
 def test_markdown_has_one_table_per_scale(record: dict[str, Any]) -> None:
     text = to_markdown([record, {**record, "recipe": "pld_bench", "scale": "bench"}])
     paper, bench = text.split("**Bench")
-    assert "| pld_small | 73.97 (Table 1) |" in paper
+    assert "| pld_small | image | 73.97 (Table 1, last) |" in paper
     assert "pld_bench" not in paper
-    assert "| pld_bench | another setting: Table 1 |" in bench
+    assert "| pld_bench | image | another setting: Table 1 |" in bench
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in tables} == {len(COLUMNS) + 1}
     assert tables[1] == "|" + "---|" * len(COLUMNS)

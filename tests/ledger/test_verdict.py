@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -123,6 +123,22 @@ def test_nothing_run_or_nothing_to_compare_with_is_not_attempted() -> None:
 def test_what_cannot_run_here_says_why() -> None:
     verdict = judge([], {"value": CLAIM}, impossible="needs 8 GPUs of 80 GB")
     assert (verdict.name, verdict.reason) == ("impossible here", "needs 8 GPUs of 80 GB")
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "published", "more"),
+    [
+        ("reproduced", RUNS, {"value": CLAIM}, {}),
+        ("worse", RUNS, {"value": 76.55}, {}),  # above the prediction interval, which ends at 76.54
+        ("better", RUNS, {"value": 75.41}, {}),  # below it, which begins at 75.42
+        ("direction only", RUNS, None, {"claims": [claim(True)]}),
+        ("underpowered", RUNS[:2], {"value": CLAIM}, {}),
+        ("not attempted", [], {"value": CLAIM}, {}),
+        ("impossible here", [], {"value": CLAIM}, {"impossible": "no GPU"}),
+    ],
+)
+def test_every_verdict_of_five_public_runs(name: str, runs: list[float], published: dict[str, float] | None, more: dict[str, Any]) -> None:
+    assert judge(runs, published, **more).name == name
 
 
 def test_an_unreadable_published_entry_is_refused_with_all_its_faults() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -13,7 +13,9 @@ import yaml
 
 from kdrun.config.check import instantiate
 from kdrun.config.compose import Composed, compose
+from kdrun.config.files import load
 from kdrun.config.paths import SearchPath, home
+from kdrun.config.schema import Family
 from kdrun.engine.compare import arm_names, jobs, method_name
 from kdrun.evaluation.metrics import ELSEWHERE, KINDS
 from kdrun.ledger.claims import claim_problems
@@ -92,6 +94,19 @@ def test_it_names_its_paper_and_its_scale(recipe: Composed) -> None:
     assert re.fullmatch(r"\d{4}\.\d{4,5}", paper["arxiv"])
     assert recipe.origins["scale"].startswith("recipes/")
     assert recipe.tree["about"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_says_to_which_family_it_belongs(name: str) -> None:
+    assert load(RECIPES[name]).get("family") in get_args(Family)
+
+
+def test_recipes_of_one_paper_are_of_one_family() -> None:
+    found: dict[str, set[str]] = {}
+    for file in RECIPES.values():
+        tree = load(file)
+        found.setdefault((tree.get("paper") or {}).get("arxiv", file.stem), set()).add(tree["family"])
+    assert {paper: families for paper, families in found.items() if len(families) > 1} == {}
 
 
 def test_its_name_tells_paper_data_and_scale(recipe: Composed) -> None:

@@ -162,3 +162,40 @@ def test_two_cannot_carry_out_one_sweep(kdrun: Command, tmp_path: Path) -> None:
         outcome = kdrun("sweep", "--resume", "mine", f"run.root={tmp_path}")
     assert outcome.code == 2
     assert "another process carries this sweep out" in outcome.err
+
+
+RECIPE = """# @package _global_
+defaults:
+  - override /dataset: gaussians
+  - override /teacher: truth
+  - override /student: mlp
+  - override /objective: kd
+  - _self_
+scale: bench
+family: image
+about: "A world of a test."
+dataset: {classes: 6, superclasses: 3, n_train: 96, n_test: 60}
+student: {hidden: [8]}
+source: {batch_size: 32}
+optim: {epochs: 2}
+hardware: {threads: 1}
+published: []
+rivals: {ce: [objective=ce, teacher=none]}
+claims: ["kd > ce"]
+"""
+
+
+def test_a_sweep_enters_the_ledger_when_all_its_jobs_are_done(kdrun: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "recipes").mkdir(parents=True)
+    (tmp_path / "mine" / "recipes" / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    words = ["recipe=tiny", "objective=ce,kd,dkd", "seed=1,2,3", "--config-dir", str(tmp_path / "mine"), "--name", "first", "--ledger"]
+    code, found = sweep(kdrun, tmp_path / "root", *words)
+    assert code == 0
+    record = json.loads(Path(found["record"]).read_text(encoding="utf-8"))
+    assert Path(found["record"]).name == "tiny-first.json"
+    assert (record["method"], sorted(record["arms"]), record["seeds"]) == ("kd", ["ce", "dkd", "kd"], [1, 2, 3])
+    assert [claim["text"] for claim in record["claims"]] == ["kd > ce"]
+    bad = kdrun("sweep", *words[:-3], "--name", "other", "--ledger", "optim.lr=0.1", f"run.root={tmp_path / 'root'}")
+    assert bad.code == 3
+    assert "optim.lr is set on the command line, not by the recipe" in bad.err
+    assert not (tmp_path / "root" / "sweeps" / "other").exists()

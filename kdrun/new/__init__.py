@@ -1,0 +1,1 @@
+"""`kdrun new`: scaffolds that run at once, for a folder of one's own or for kdrun itself."""
