@@ -193,7 +193,7 @@ FIXED = {"run": Run, "optim": Optim, "hardware": Hardware, "cache": Cache}
 
 
 def with_new_keys(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree that an earlier version wrote, with the keys that have come since at their defaults: what they were before there was a choice."""
+    """A tree that an earlier version wrote, with the keys that have come since at their defaults: what they were before."""
     fresh = asdict(Top())
     found = {**{key: fresh[key] for key in ("track", "cache", "family") if key not in tree}, **tree}
     return found | {group: {**asdict(kind()), **(found.get(group) or {})} for group, kind in FIXED.items()}
