@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.kdrun-ready
+# Processes that share the tests, a file each; every one computes on a single thread.
+WORKERS ?= auto
 
 .PHONY: help setup demo test lint type slow ledger clean
 
@@ -21,10 +23,10 @@ demo: setup ## train teacher, student alone, KD and PLD on real digits (about tw
 	$(BIN)/kdrun train
 
 test: setup lint type ## check style and types, then run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: setup ## the long tests too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "slow or not slow"
 
 lint: setup ## style
 	$(BIN)/ruff check kdrun tests && $(BIN)/ruff format --check kdrun tests

@@ -23,6 +23,8 @@ from kdrun.engine.footprint import footprint
 from kdrun.engine.loop import Stage
 from kdrun.engine.workload import micro_of, work_of
 from kdrun.teacher.cached import CachedTeacher
+from kdrun.teacher.live import LiveTeacher
+from kdrun.teacher.once import OnceTeacher
 from kdrun.types import Writes
 
 ROWS = 4  # whose shapes stand for those of a micro-batch
@@ -96,6 +98,8 @@ def forecast(tree: Mapping[str, Any], built: Built, stage: Stage) -> Forecast | 
 
 
 def _memory(tree: Mapping[str, Any], built: Built, stage: Stage) -> dict[str, int] | None:
+    if isinstance(built.teacher, OnceTeacher):  # it keeps what it says, and would keep shapes without content
+        return None
     rows = len(built.data.split("train")) if built.data.whole else min(ROWS, len(built.data.split("train")))
     index = torch.arange(rows)
     try:
@@ -104,8 +108,14 @@ def _memory(tree: Mapping[str, Any], built: Built, stage: Stage) -> dict[str, in
     except Exception:  # rows of a source of its own kind: an estimate is no reason to fail
         return None
     stage.learner.train()
-    with torch.compiler.set_stance("force_eager"):
+    teacher = built.teacher
+    if not isinstance(teacher, LiveTeacher):
         return footprint(tree, built, batch, micro_of(tree, built), stage.device)
+    spoken, teacher.forward = teacher.forward, teacher.module  # compiled code has no use for shapes without content
+    try:
+        return footprint(tree, built, batch, micro_of(tree, built), stage.device)
+    finally:
+        teacher.forward = spoken
 
 
 def memory_now(device: torch.device) -> int:
