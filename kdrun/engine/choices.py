@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import platform
 import time
@@ -151,53 +152,66 @@ def _measured(stage: loop.Stage, built: Built, tree: Mapping[str, Any], plain: C
 
 
 def _search(trial: _Trial, hardware: Mapping[str, Any], plain: Choice, steps: int, reporter: Reporter) -> tuple[Choice, bool]:
-    """(the choice, whether compiling was tried or is not wanted): one thing after the other, each network by itself."""
+    """(the choice, whether everything was tried): every way in every precision that is open, each network by itself."""
     start = plain._replace(student=plain.student._replace(compiled=False), teacher=plain.teacher._replace(compiled=False))
     base = trial.seconds(start)
-    planned, eager = base.step * steps, base
-    formats = [plain.student.channels_last]
-    if hardware["channels_last"] == "auto" and plain.student.channels_last:
-        formats.append(False)
+    planned = base.step * steps
     if planned < LEAST_SECONDS:
         told = f"{steps:,} steps of {1000 * base.step:,.0f} ms are {planned:,.0f} s"
         return start._replace(reason=f"compile off: {told}, too few to repay compiling"), False
-    best = {"teacher": (start.teacher, base.teacher), "student": (start.student, base.rest)}
+    formats = [plain.student.channels_last]
+    if hardware["channels_last"] == "auto" and plain.student.channels_last:
+        formats.append(False)
+    ways = [Way(last, False) for last in formats]
+    if hardware["compile"] != "off":
+        reporter.note(f"compile auto: trying on the first steps ({steps:,} steps of {1000 * base.step:,.0f} ms are planned)")
+        ways += [Way(last, True) for last in formats]
+    began = time.perf_counter()
+    found = {start.dtype: _best(trial, ways, start, base)}
     dtype = start.dtype
     if hardware["dtype"] == "auto":
-        other = trial.seconds(start._replace(dtype="bf16"))
-        if other.step < GAIN * base.step:
-            dtype, best = "bf16", {"teacher": (start.teacher, other.teacher), "student": (start.student, other.rest)}
-            eager = other
-    tried = [Way(last, False) for last in formats[1:]]
-    if hardware["compile"] != "off" and trial.built.objective.compilable:
-        reporter.note(f"compile auto: trying on the first steps ({steps:,} steps of {1000 * base.step:,.0f} ms are planned)")
-        tried += [Way(last, True) for last in formats]
-    began, failures = time.perf_counter(), []
-    for way in tried:
+        found["bf16"] = _best(trial, ways, start._replace(dtype="bf16"), None)
+        dtype = "bf16" if found["bf16"].step < GAIN * found["fp32"].step else "fp32"
+    best = found[dtype]
+    choice = Choice(best.student[0], best.teacher[0], dtype, "")
+    failures = [text for each in found.values() for text in each.failures]
+    return choice._replace(reason=_reason(choice, base, best, time.perf_counter() - began, failures)), True
+
+
+class _Found(NamedTuple):
+    """The best way of each network in one precision, with its seconds of a step."""
+
+    teacher: tuple[Way, float]
+    student: tuple[Way, float]
+    failures: list[str]
+
+    @property
+    def step(self) -> float:
+        return self.teacher[1] + self.student[1]
+
+
+def _best(trial: _Trial, ways: list[Way], start: Choice, base: Seconds | None) -> _Found:
+    """`base`: what the first way takes, where that is known already."""
+    found = _Found((ways[0], math.inf), (ways[0], math.inf), [])
+    for way in ways:
         try:
-            found = trial.seconds(Choice(way, way, dtype, ""))
+            seconds = base if way == ways[0] and base is not None else trial.seconds(Choice(way, way, start.dtype, ""))
         except Exception as error:  # whatever a compiler raises, the eager way is left
-            failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+            found.failures.append(f"{way}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
             continue
-        for who, seconds in (("teacher", found.teacher), ("student", found.rest)):
-            if seconds < GAIN * best[who][1]:
-                best[who] = way, seconds
-    spent = time.perf_counter() - began
-    choice = Choice(best["student"][0], best["teacher"][0], dtype, "")
-    return choice._replace(reason=_reason(choice, base, eager, best, spent, failures)), True
+        if seconds.teacher < GAIN * found.teacher[1] or found.teacher[1] == math.inf:
+            found = found._replace(teacher=(way, seconds.teacher))
+        if seconds.rest < GAIN * found.student[1] or found.student[1] == math.inf:
+            found = found._replace(student=(way, seconds.rest))
+    return found
 
 
-def _reason(choice: Choice, base: Seconds, eager: Seconds, best: Mapping[str, tuple[Way, float]], spent: float, failures: list[str]) -> str:
+def _reason(choice: Choice, base: Seconds, best: _Found, spent: float, failures: list[str]) -> str:
     """The choice in words, with what it was measured to save."""
-    parts = [
-        f"{who} {best[who][0]} {1000 * before:,.1f} -> {1000 * best[who][1]:,.1f} ms a step"
-        for who, before in (("teacher", eager.teacher), ("student", eager.rest))
-        if before > 0
-    ]
-    if choice.dtype == "bf16" and eager is not base:
-        parts.insert(0, f"bf16 {1000 * base.step:,.1f} -> {1000 * eager.step:,.1f} ms")
+    each = (("teacher", base.teacher, best.teacher), ("student", base.rest, best.student))
+    parts = [f"{who} {way} {1000 * before:,.1f} -> {1000 * after:,.1f} ms a step" for who, before, (way, after) in each if before > 0]
     failed = f"; {'; '.join(failures)}" if failures else ""
-    return f"measured in {spent:,.0f} s: " + "; ".join(parts) + failed
+    return f"measured in {spent:,.0f} s: {choice.dtype}; " + "; ".join(parts) + failed
 
 
 @dataclass
