@@ -86,15 +86,6 @@ class Notes(Reporter):
         self.told.append(text)
 
 
-class Silent:
-    """Hooks that do nothing."""
-
-    def logged(self, step: int, record: dict[str, Any]) -> None: ...
-    def step_done(self, step: int) -> None: ...
-    def stop_requested(self) -> bool:
-        return False
-
-
 def engine(overrides: Sequence[str], steps: int, cached: bool) -> dict[str, Any]:
     """The engine's rate, where the time of a step goes, and the share of the machine's peak that it reaches."""
     with tempfile.TemporaryDirectory() as root:
@@ -107,7 +98,7 @@ def engine(overrides: Sequence[str], steps: int, cached: bool) -> dict[str, Any]
             stage.step = stage.step if first is None else first
             started = time.perf_counter()
             for _ in range(count):
-                loop.train_step(stage, Silent())
+                loop.train_step(stage, loop.Unwatched())
             settle(device)
             return time.perf_counter() - started
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdrun.bench.loop import WARM_UP, Silent, parts
+from kdrun.bench.loop import WARM_UP, parts
 from kdrun.engine import loop
 from kdrun.engine.device import settle
 from kdrun.engine.distributed import Ranks
@@ -53,7 +53,7 @@ def _walk(group: Sequence[Member], memories: Sequence[Any], steps: int) -> float
         for memory in memories:
             memory.begin(step)
         for stage in stages:
-            loop.train_step(stage, Silent())
+            loop.train_step(stage, loop.Unwatched())
     settle(stages[0].device)
     return time.perf_counter() - started
 

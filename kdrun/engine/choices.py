@@ -235,7 +235,7 @@ class _Trial:
         self.heard = 0.0
         settle(self.stage.device)
         began = time.perf_counter()
-        loop.train_step(self.stage, _Silent())
+        loop.train_step(self.stage, loop.Unwatched())
         settle(self.stage.device)
         return Seconds(self.heard, time.perf_counter() - began - self.heard)
 
@@ -259,13 +259,6 @@ class _Clocked:
 
     def after_step(self, student: torch.nn.Module, progress: Progress) -> None:
         self._teacher.after_step(student, progress)
-
-
-class _Silent:
-    def logged(self, step: int, record: dict[str, Any]) -> None: ...
-    def step_done(self, step: int) -> None: ...
-    def stop_requested(self) -> bool:
-        return False
 
 
 @contextmanager

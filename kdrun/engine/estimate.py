@@ -121,7 +121,7 @@ def _probe(tree: Mapping[str, Any], built: Built, work: Work, micro: int, device
     activations = _saved(stage) / samples
     started = time.perf_counter()
     for _ in range(PROBE_STEPS):
-        loop.train_step(stage, _NoHooks())
+        loop.train_step(stage, loop.Unwatched())
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - started) / PROBE_STEPS / samples
@@ -146,7 +146,7 @@ def _saved(stage: loop.Stage) -> int:
 
     weights = {p.untyped_storage().data_ptr() for p in stage.learner.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loop.train_step(stage, _NoHooks())
+        loop.train_step(stage, loop.Unwatched())
     return sum(size for pointer, size in saved.items() if pointer not in weights)
 
 
@@ -156,10 +156,3 @@ def _some_rows(data: Data) -> Data:
     if data.whole or len(train) <= PROBE_ROWS:
         return data
     return replace(data, splits={**data.splits, "train": taken(train, torch.arange(PROBE_ROWS) * len(train) // PROBE_ROWS)})
-
-
-class _NoHooks:
-    def logged(self, step: int, record: dict[str, Any]) -> None: ...
-    def step_done(self, step: int) -> None: ...
-    def stop_requested(self) -> bool:
-        return False

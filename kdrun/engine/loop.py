@@ -45,6 +45,15 @@ class Hooks(Protocol):
     def stop_requested(self) -> bool: ...
 
 
+class Unwatched:
+    """Hooks that do nothing: steps that are only timed or tried."""
+
+    def logged(self, step: int, record: dict[str, Any]) -> None: ...
+    def step_done(self, step: int) -> None: ...
+    def stop_requested(self) -> bool:
+        return False
+
+
 @dataclass
 class Stage:
     """One training stage: all that the loop touches."""

@@ -75,7 +75,7 @@ def run_packed(jobs: Sequence[Job], reporter: Reporter, data: Data | None = None
     member saved."""
     members = [Member(job) for job in jobs]
     try:
-        with _listening() as stopping:
+        with listening() as stopping:
             for number, member in enumerate(members):
                 _attempt(member, _begin, member, reporter if number == 0 else Reporter(), data)
             memories = share([m for m in members if m.active])
@@ -227,7 +227,7 @@ def _hear_together(trainings: Sequence[StageRun]) -> Heard:
 
 
 @contextmanager
-def _listening() -> Iterator[threading.Event]:
+def listening() -> Iterator[threading.Event]:
     """SIGTERM and SIGINT ask for a stop after the step; a second one is taken at its word."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kdrun.engine.packed import listening
 from kdrun.engine.records import read_json, to_document, write_json
 from kdrun.errors import EXIT_STOPPED, KdrunError
 from kdrun.sweep.manifest import Job, Sweep, packs
@@ -73,7 +72,7 @@ class _Pool:
         self.number = sum(1 for _ in (sweep.folder / "logs").glob("*.log"))
 
     def run(self) -> None:
-        with _listening() as stopping:
+        with listening() as stopping:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.processes and not stopping.is_set():
                     self.running.append(self._start(self.waiting.pop(0)))
@@ -157,17 +156,3 @@ class _Pool:
 
 def _how(code: int) -> str:
     return f"killed by signal {-code}: too little memory?" if code < 0 else f"exit status {code}"
-
-
-@contextmanager
-def _listening() -> Iterator[threading.Event]:
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

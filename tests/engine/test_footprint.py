@@ -124,7 +124,6 @@ def grown(overrides: list[str]) -> tuple[int, int]:
     from kdrun.config.check import check
     from kdrun.engine import loop
     from kdrun.engine.device import peak_memory_bytes
-    from kdrun.engine.estimate import _NoHooks
     from kdrun.engine.forecast import forecast, memory_now
     from kdrun.engine.report import Reporter
     from kdrun.engine.stage import make_stage
@@ -139,7 +138,7 @@ def grown(overrides: list[str]) -> tuple[int, int]:
     now = memory_now(CPU)
     assert told.predicted["before_first_step_bytes"] <= now
     for _ in range(2):
-        loop.train_step(stage, _NoHooks())
+        loop.train_step(stage, loop.Unwatched())
     return told.predicted["peak_memory_bytes"] - told.predicted["before_first_step_bytes"], peak_memory_bytes(CPU) - now
 
 
